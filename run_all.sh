@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+# Sets up, runs every notebook at one scale, builds results/index.html. `./run_all.sh test` runs the checks. See --help.
+# Keeps to bash 3.2, which is what macOS has.
+set -euo pipefail
+
+caller=$PWD
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
+root=$PWD
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # `import model` finds this copy, whatever else is installed
+
+usage() {
+  cat <<'HELP'
+./run_all.sh [options]    run the notebooks, write results/ and results/index.html
+./run_all.sh test         ruff, the tests, and every notebook at its committed settings (nbval)
+
+  --scale NAME      smoke, laptop (default), gpt2-small, gpt2-medium, gpt2-large
+  --only NOTEBOOK   only this one, e.g. lr_sweep; may be repeated
+  --results DIR     where to write (default: results/ in the project)
+  --force           also redo finished notebooks
+  --list            print one command per notebook and run nothing:
+                      ./run_all.sh --list | tr '\n' '\0' | xargs -0 -n 1 -P 4 bash -c
+                      bash -c "$(./run_all.sh --list | sed -n "${SLURM_ARRAY_TASK_ID}p")"
+  --help            this text
+
+Works in the active virtual or conda environment, else in .venv, which it makes. A notebook is redone only when it, the
+code, the corpus or the scale changed. Ctrl-C loses at most the notebook in flight, and its training resumes next time.
+Exit status: 0 all well, 1 something failed, 2 bad usage, 130 interrupted.
+HELP
+}
+
+fail() { # fail STATUS MESSAGE
+  echo "error: $2" >&2
+  exit "$1"
+}
+
+hash256() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -d ' ' -f 1; }
+
+# --- environment and corpus ---
+
+make_venv() {
+  local python
+  for python in python3 python3.13 python3.12 python3.11; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+    "$python" -m venv .venv || fail 1 "$python -m venv failed (Debian and Ubuntu: apt install python3-venv)"
+    return
+  done
+  fail 1 "Python 3.11 or newer is needed, found $(python3 --version 2>&1 || true); activate an environment with it"
+}
+
+# Does the environment hold what pyproject.toml asks for? One that somebody activated is then left as it is: its torch
+# may have been built for their machine.
+satisfied() {
+  python3 - "$1" 2>/dev/null <<'PY'
+import sys, tomllib
+from importlib.metadata import version
+from packaging.requirements import Requirement
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+wanted = project["dependencies"] + extras["notebooks"] + (extras["test"] if sys.argv[1] == "test" else [])
+wanted = [r for r in map(Requirement, wanted) if r.name != project["name"]]
+sys.exit(not all(r.specifier.contains(version(r.name), prereleases=True) for r in wanted))
+PY
+}
+
+# setup EXTRA: leaves an environment with that extra on PATH, and the default corpus under data/
+setup() {
+  local extra=$1 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} key
+  local env=${active:-$root/.venv}
+  [[ -n $active || -x $env/bin/pip ]] || make_venv
+  export PATH="$env/bin:$PATH"
+  key=$(cat pyproject.toml constraints.txt | hash256)
+  if ! grep -qsx "$extra $key" "$env/.lawa-lab" && ! { [[ -n $active ]] && satisfied "$extra"; }; then
+    echo "installing into $env (minutes, once)"
+    python3 -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extra]" </dev/null ||
+      fail 1 "pip could not install .[$extra] into $env; its message is above"
+    { [[ $extra == test ]] && echo "notebooks $key"; echo "$extra $key"; } >"$env/.lawa-lab" # test includes notebooks
+  fi
+  python3 data/stdlib/prepare.py </dev/null || fail 1 "data/stdlib/prepare.py failed; its message is above"
+}
+
+# The jobs of a Slurm array start together: one sets up while the others wait (where there is no flock, they do not).
+locked_setup() {
+  if command -v flock >/dev/null; then flock 9 || true; fi
+  setup "$1" 9>&-
+} 9<>run_all.sh
+
+# --- test ---
+
+run_tests() {
+  local status=0
+  python3 -m ruff check . </dev/null || status=1
+  python3 -m pytest tests/ </dev/null || status=1
+  python3 -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/ </dev/null || status=1
+  return $status
+}
+
+# --- notebooks ---
+
+stamp_of() { # what a notebook's result depends on
+  cat "notebooks/$1.ipynb" lawa_core.py model.py lab.py data/stdlib/meta.json - <<<"$scale" | hash256
+}
+
+last_error() { # the last line of a log that names an error, else its last line
+  local lines
+  lines=$(sed $'s/\x1b\\[[0-9;]*m//g' "$1" | grep -v '^[[:space:]]*$') || true
+  grep -E '^([A-Za-z_.]+(Error|Exception|Interrupt|Exit): .|Passed unknown)' <<<"$lines" | tail -n 1 | grep . ||
+    tail -n 1 <<<"$lines"
+}
+
+row() { table+=$(printf '%-28s %-7s %7s%s' "$1" "$2" "$3" "${4:+  $4}")$'\n'; }
+
+# run_notebook NAME: adds a row to the table. papermill writes to a temporary name, so that no finished notebook is ever
+# half written; it runs as a job of its own, so that Ctrl-C reaches it through on_signal only.
+run_notebook() {
+  local name=$1 dir=$results/$1 began=$SECONDS status=0 stamp
+  local log=$dir/$name.log
+  stamp=$(stamp_of "$name")
+  if [[ -z $force && -f $dir/$name.ipynb && $stamp == "$(cat "$dir/.stamp" 2>/dev/null)" ]]; then
+    row "$name" cached -
+    return
+  fi
+  mkdir -p "$dir"
+  rm -f "$dir/.stamp"
+  partial=$dir/$name.partial.ipynb
+  set -m
+  python3 -m papermill "notebooks/$name.ipynb" "$partial" -p scale "$scale" -p out "$results" -k python3 \
+    --no-progress-bar --log-level WARNING --stdout-file - --stderr-file - </dev/null 2>"$log" &
+  child=$!
+  set +m
+  wait $child || status=$?
+  child=''
+  # of a parameter that the notebook does not have papermill only warns: it would have run at another scale
+  if ((status == 0)) && ! grep -q 'Passed unknown parameter' "$log"; then
+    mv "$partial" "$dir/$name.ipynb"
+    rm -f "$dir/$name.failed.ipynb" "$log"
+    echo "$stamp" >"$dir/.stamp"
+    row "$name" "done" $((SECONDS - began))
+    return
+  fi
+  failed=1
+  row "$name" FAILED $((SECONDS - began)) "$(last_error "$log")"
+  if [[ -f $partial ]]; then mv "$partial" "$dir/$name.failed.ipynb" && log=$dir/$name.failed.ipynb; fi
+  table+="  see $log"$'\n'
+}
+
+finish() { # the table and the page, also after Ctrl-C
+  printf '\n%-28s %-7s %7s\n%s\n' notebook status seconds "$table"
+  python3 pages.py "$results" >/dev/null && echo "open $results/index.html"
+}
+
+# shellcheck disable=SC2317 # reached by trap
+on_signal() { # on_signal EXIT_STATUS
+  trap '' INT TERM HUP
+  if [[ -n $child ]]; then
+    kill -INT -- "-$child" 2>/dev/null || true
+    wait "$child" || true
+    rm -f "$partial" "${partial%.partial.ipynb}.log"
+    row "$(basename "$partial" .partial.ipynb)" stopped -
+  fi
+  finish || true
+  echo "interrupted: the same command goes on from here" >&2
+  exit "$1"
+}
+
+# --- command line ---
+
+scale=laptop results=$root/results force='' list='' only=() names=() table='' failed=0 child='' partial=''
+trap 'exit 130' INT
+
+if [[ ${1:-} == test ]]; then
+  [[ $# -eq 1 ]] || fail 2 "test takes no options, got '$2'; see ./run_all.sh --help"
+  locked_setup test
+  run_tests
+  exit
+fi
+
+while (($#)); do
+  case $1 in
+    --scale | --only | --results) [[ -n ${2:-} && $2 != -* ]] || fail 2 "$1 needs a value; see ./run_all.sh --help" ;;
+  esac
+  case $1 in
+    --scale) scale=$2 && shift ;;
+    --only) only+=("$(basename "$2" .ipynb)") && shift ;;
+    --results) if [[ $2 == /* ]]; then results=$2; else results=$caller/$2; fi && shift ;;
+    --force) force=' --force' ;;
+    --list) list=1 ;;
+    --help | -h) usage && exit ;;
+    *) fail 2 "unknown option '$1'; see ./run_all.sh --help" ;;
+  esac
+  shift
+done
+
+for notebook in notebooks/*.ipynb; do
+  [[ -f $notebook ]] && names+=("$(basename "$notebook" .ipynb)")
+done
+((${#names[@]})) || fail 2 "no notebooks in $root/notebooks"
+for name in ${only[@]+"${only[@]}"}; do
+  [[ -f notebooks/$name.ipynb ]] || fail 2 "no notebook '$name'; there are: ${names[*]}"
+done
+((${#only[@]})) && names=("${only[@]}")
+
+if [[ -n $list ]]; then
+  for name in "${names[@]}"; do
+    printf '%q --scale %q --results %q --only %q%s\n' "$root/run_all.sh" "$scale" "$results" "$name" "$force"
+  done
+  exit
+fi
+
+locked_setup notebooks
+mkdir -p "$results"
+trap 'on_signal 130' INT
+trap 'on_signal 143' TERM HUP
+for i in "${!names[@]}"; do
+  echo "== ${names[i]} ($((i + 1)) of ${#names[@]}, scale $scale)"
+  run_notebook "${names[i]}"
+done
+finish || failed=1
+exit $failed

@@ -1,0 +1,225 @@
+"""run_all.sh on a copy of the project with tiny notebooks, in a folder with a space in its name."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ACTIVE = {k: v for k, v in os.environ.items() if k != "CONDA_PREFIX"} | {"VIRTUAL_ENV": sys.prefix}
+NOT_ACTIVE = {k: v for k, v in ACTIVE.items() if k != "VIRTUAL_ENV"}
+
+PARAMETERS = 'scale: str = "smoke"  # size\nout: str = ""  # results folder'
+GOOD = """
+import json, model, pathlib
+assert scale in ("smoke", "laptop"), f"unknown scale {scale}"
+print("training one", flush=True)
+folder = pathlib.Path(out) / "good"
+assert pathlib.Path(out).is_absolute() and folder.is_dir()
+record = {"title": "Good", "scale": scale, "verdicts": [{"claim": "It runs", "holds": True}]}
+(folder / "record.json").write_text(json.dumps(record))
+"""
+PREPARE = 'from pathlib import Path\n\nPath(__file__).with_name("meta.json").write_text("{}")\n'
+SLOW = "import time\nprint('training slow', flush=True)\ntime.sleep(120)"
+
+
+def add_notebook(project, name, code, parameters=PARAMETERS):
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    for count, cell in enumerate(cells, 1):
+        cell.execution_count = count
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), project / f"notebooks/{name}.ipynb")
+
+
+def make_project(folder):
+    """The real run_all.sh and pages.py among stubs; what pyproject.toml asks for is there, so that pip is not called."""
+    for inner in ("notebooks", "data/stdlib", "tests"):
+        (folder / inner).mkdir(parents=True)
+    for name in ("run_all.sh", "pages.py"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("lawa_core.py", "model.py", "lab.py", "constraints.txt"):
+        (folder / name).write_text("")
+    extras = 'optional-dependencies = {notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "stub"\ndependencies = []\n{extras}\n')
+    (folder / "data/stdlib/prepare.py").write_text(PREPARE)
+    add_notebook(folder, "good", GOOD)
+    return folder
+
+
+def command(project, *args, env=ACTIVE, cwd="/"):
+    shell = [str(project / "run_all.sh"), *args]
+    return subprocess.run(shell, env=env, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+
+
+def table(done):
+    """{notebook: status} as printed at the end."""
+    lines = done.stdout[done.stdout.index("notebook   ") :].split("\n\n")[0].splitlines()[1:]
+    return {line.split()[0]: line.split()[1] for line in lines if not line.startswith(" ")}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = make_project(tmp_path_factory.mktemp("lab") / "my lab")
+    add_notebook(folder, "deaf", "pass", parameters="lr = 1e-3")
+    add_notebook(folder, "bad", "raise ValueError('lost its way\\nand more')")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(project):
+    return command(project)
+
+
+def test_one_failure_leaves_the_others(project, first):
+    assert first.returncode == 1
+    assert table(first) == {"bad": "FAILED", "deaf": "FAILED", "good": "done"}
+    assert "ValueError: lost its way" in first.stdout
+    assert f"see {project}/results/bad/bad.failed.ipynb" in first.stdout
+    assert f"open {project}/results/index.html" in first.stdout
+    results = project / "results"
+    assert json.loads((results / "good/record.json").read_text())["scale"] == "laptop"
+    assert sorted(path.name for path in (results / "good").iterdir()) == [".stamp", "good.ipynb", "record.json"]
+    assert not (results / "bad/bad.ipynb").exists()
+    page = (results / "index.html").read_text()
+    assert "It runs" in page and "ValueError: lost its way" in page
+
+
+def test_a_parameter_the_notebook_does_not_have_is_a_failure(first):
+    assert "Passed unknown parameter: scale" in first.stdout or "Passed unknown parameter: out" in first.stdout
+
+
+def test_the_screen_shows_the_notebook_and_not_papermill(first):
+    assert "training one" in first.stdout
+    assert not any(noise in first.stdout + first.stderr for noise in ("Executing", "Input Notebook", "TCP", "%|"))
+
+
+def test_list_prints_commands_that_run_alone(project, first):
+    listed = command(project, "--list", "--results", "else where", cwd=project / "data")
+    lines = listed.stdout.splitlines()
+    assert listed.returncode == 0 and len(lines) == 3 and not (project / "data/else where").exists()
+    done = subprocess.run(["bash", "-c", lines[2]], env=ACTIVE, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert table(done) == {"good": "done"}
+    assert (project / "data/else where/good/good.ipynb").exists()
+
+
+def test_finished_work_is_not_redone_until_something_changes(project, first):
+    executed = project / "results/good/good.ipynb"
+    before = executed.read_bytes()
+    began = time.monotonic()
+    again = command(project, "--only", "good.ipynb", "--only", "good")
+    assert time.monotonic() - began < 10
+    assert again.returncode == 0 and table(again) == {"good": "cached"} and executed.read_bytes() == before
+
+    (project / "lab.py").write_text("# changed\n")
+    failed = command(project, "--only", "good", "--scale", "enormous")
+    assert failed.returncode == 1 and table(failed) == {"good": "FAILED"}
+    assert "AssertionError: unknown scale enormous" in failed.stdout
+    assert executed.read_bytes() == before  # the earlier result stands
+
+    redone = command(project, "--only", "good")
+    assert redone.returncode == 0 and table(redone) == {"good": "done"} and executed.read_bytes() != before
+    assert not (project / "results/good/good.failed.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--wrong"], "unknown option '--wrong'"),
+        (["good"], "unknown option 'good'"),
+        (["--only", "nothing"], "no notebook 'nothing'; there are: bad deaf good"),
+        (["--scale"], "--scale needs a value"),
+        (["--results", "--list"], "--results needs a value"),
+        (["test", "--force"], "test takes no options, got '--force'"),
+    ],
+)
+def test_bad_usage_is_one_line(project, args, says):
+    done = command(project, *args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {says}") and done.stderr.count("\n") == 1
+
+
+def test_help(project):
+    done = command(project, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for option in ("test", "--scale", "--only", "--results", "--force", "--list"):
+        assert f" {option} " in done.stdout
+
+
+def test_ctrl_c_stops_and_keeps_what_is_finished(tmp_path):
+    project = make_project(tmp_path / "a lab")
+    add_notebook(project, "slow", SLOW)
+    running = subprocess.Popen(
+        [project / "run_all.sh"],
+        env=ACTIVE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a test runner in the background may itself have been told to ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    output = ""
+    while "training slow" not in output:
+        line = running.stdout.readline()
+        assert line, output
+        output += line
+    os.killpg(running.pid, signal.SIGINT)
+    output += running.communicate(timeout=30)[0]
+    assert running.returncode == 130
+    assert "slow                         stopped" in output
+    assert list((project / "results/slow").glob("*.ipynb")) == []
+    assert "It runs" in (project / "results/index.html").read_text()
+    assert table(command(project, "--only", "good")) == {"good": "cached"}
+
+
+def test_test_mode_runs_all_three_and_fails_if_one_did(tmp_path):
+    project = make_project(tmp_path / "a lab")
+    (project / "bad_style.py").write_text("import os\n")  # for ruff
+    (project / "tests/test_stub.py").write_text("def test_stub():\n    pass\n")
+    (project / "notebooks/good.ipynb").unlink()
+    add_notebook(project, "quick", "import model\n")
+    done = command(project, "test")
+    assert done.returncode == 1
+    assert "bad_style.py" in done.stdout
+    assert "1 passed" in done.stdout and "2 passed" in done.stdout  # one test, two cells
+
+
+FAKE_PYTHON = """#!/bin/bash
+# Stands for python3, pip and papermill: notes its arguments; `-m venv` makes an environment, papermill a copy.
+echo "$*" >>"$CALLS"
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python3" && touch "$3/bin/pip" && chmod +x "$3/bin/pip" ;;
+  "-m papermill "*) cp "$3" "$4" ;;
+esac
+"""
+
+
+def test_without_an_environment_one_is_made_and_filled_once(tmp_path):
+    project = make_project(tmp_path / "a lab")
+    (project / "data/stdlib/meta.json").write_text("{}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(FAKE_PYTHON)
+    (tmp_path / "bin/python3").chmod(0o755)
+    calls = tmp_path / "calls"
+    env = NOT_ACTIVE | {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CALLS": str(calls)}
+
+    def pip_calls(*args):
+        calls.write_text("")
+        assert command(project, *args, env=env).returncode == 0
+        return [line for line in calls.read_text().splitlines() if line.startswith(("-m pip", "-m venv"))]
+
+    install = "-m pip install -q --disable-pip-version-check -c constraints.txt -e "
+    assert pip_calls() == ["-m venv .venv", install + ".[notebooks]"]
+    assert pip_calls() == []
+    assert pip_calls("test") == [install + ".[test]"]
+    assert pip_calls() == []
+    (project / "constraints.txt").write_text("numpy==2.3.0\n")
+    assert pip_calls() == [install + ".[notebooks]"]
