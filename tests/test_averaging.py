@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import lawa_core
-from lawa_core import LawaError, average, average_files, decay, ema, explicit, lawa, newest, open_trajectory, row, sweep, swa
+from lawa_core import LawaError, average, average_files, decay, ema, explicit, lawa, newest, open_trajectory, row, swa, sweep
 
 quick = settings(max_examples=60, deadline=None)
 TENS = [10, 20, 30, 40, 50]
@@ -106,17 +106,23 @@ def test_missing_step_is_named(scheme, steps, at, named):
         row(scheme, steps, at)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: lawa(0), lambda: lawa(-1), lambda: lawa(3, spacing=0), lambda: lawa(3, spacing=-10), lambda: lawa(2.5),
-    lambda: ema(-0.1), lambda: ema(1.5), lambda: ema(math.nan), lambda: ema(0.9, every=0),
-    lambda: swa(every=0), lambda: swa(every=-1),
-    lambda: decay(0), lambda: decay(4, "no such shape"), lambda: decay(4, every=0),
-    lambda: explicit([]), lambda: explicit([1, math.nan]), lambda: explicit([1, math.inf]), lambda: explicit([1, -1]),
-    lambda: explicit([0, 0]),
-], ids=str)
-def test_bad_scheme_parameters_are_refused(make):
+BAD = {
+    "k is 0": lambda: lawa(0), "k is negative": lambda: lawa(-1), "k is 2.5": lambda: lawa(2.5),
+    "spacing is 0": lambda: lawa(3, spacing=0), "spacing is negative": lambda: lawa(3, spacing=-10),
+    "beta is negative": lambda: ema(-0.1), "beta is 1.5": lambda: ema(1.5), "beta is NaN": lambda: ema(math.nan),
+    "every is 0": lambda: ema(0.9, every=0), "every is 0 in swa": lambda: swa(every=0), "every is negative": lambda: swa(every=-1),
+    "window is 0": lambda: decay(0), "unknown shape": lambda: decay(4, "no such shape"), "every is 0 in decay": lambda: decay(4, every=0),
+    "no weights": lambda: explicit([]), "a weight is NaN": lambda: explicit([1, math.nan]),
+    "a weight is Inf": lambda: explicit([1, math.inf]),
+    "sum 0": lambda: explicit([1, -1]), "all 0": lambda: explicit([0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_scheme_parameters_are_refused(case):
+    """When the scheme is made, or at the latest when it is asked for weights."""
     with pytest.raises(LawaError):
-        row(make(), TENS, 50)    # when made, or at the latest when asked for weights
+        row(BAD[case](), TENS, 50)
 
 
 def test_tokens_become_steps():
@@ -276,7 +282,8 @@ def test_a_checkpoint_of_weight_zero_is_not_read(tmp_path):
 
 def test_a_nan_reaches_only_the_averages_that_hold_it(tmp_path):
     """Several outputs share one pass; 0 * NaN is NaN."""
-    ref.write_run(tmp_path / "run", [1, 2, 3], lambda s: {"w": torch.tensor([math.nan if s == 2 else s, s, -math.inf if s == 1 else s], dtype=torch.float32)})
+    rows = {1: [1, 1, -math.inf], 2: [math.nan, 2, 2], 3: [3, 3, 3]}
+    ref.write_run(tmp_path / "run", rows, lambda s: {"w": torch.tensor(rows[s], dtype=torch.float32)})
     outputs = {tmp_path / f"{at}.safetensors": (lawa(2), at) for at in (1, 2, 3)} | {tmp_path / "x.safetensors": (explicit([1, 0, 1]), 3)}
     average_files(open_trajectory(tmp_path / "run"), outputs, allow={"nonfinite"})
     got = {p.stem: ref.read_safetensors(p)[0]["w"].tolist() for p in outputs}
@@ -563,7 +570,8 @@ def numbers(text):
 
 def child(code, *flags):
     """Run Python that measures itself; -> what it printed."""
-    done = subprocess.run([sys.executable, *flags, "-c", ref.WATCH + code], capture_output=True, text=True, cwd=Path(lawa_core.__file__).parent)
+    command = [sys.executable, *flags, "-c", ref.WATCH + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(lawa_core.__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()
 

@@ -84,8 +84,9 @@ def write_hf(folder, state, suffix="safetensors", shards=1):
 
 
 def write_dcp(folder, state):
-    import torch.distributed.checkpoint as dcp
     import warnings
+
+    import torch.distributed.checkpoint as dcp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, no_dist=True)
@@ -321,7 +322,12 @@ def test_save_replaces_atomically(tmp_path):
     """A writer killed again and again: the name always holds one whole checkpoint, the old or the new."""
     path = tmp_path / "ckpt_1.safetensors"
     save(path, {"w": torch.zeros(1 << 18)})
-    code = f"import torch, lawa_core\nprint(flush=True)\nfor v in range(1, 10**6): lawa_core.save({str(path)!r}, {{'w': torch.full((1 << 18,), float(v))}})"
+    code = f"""
+import torch, lawa_core
+print(flush=True)
+for v in range(1, 10**6):
+    lawa_core.save({str(path)!r}, {{"w": torch.full((1 << 18,), float(v))}})
+"""
     child = subprocess.Popen([sys.executable, "-c", code], cwd=HOME, stdout=subprocess.PIPE)
     child.stdout.readline()
     stop = time.monotonic() + 0.3
@@ -387,7 +393,8 @@ def test_symlinked_latest_is_not_counted_twice(tmp_path):
 
 def test_sources_of_every_kind(tmp_path):
     paths = ref.write_run(tmp_path / "run", [5, 10, 15])
-    for source in (tmp_path / "run", str(tmp_path / "run") + "/", str(tmp_path / "run" / "*.safetensors"), paths[::-1], [str(p) for p in paths]):
+    run = str(tmp_path / "run")
+    for source in (Path(run), run + "/", run + "/*.safetensors", paths[::-1], [str(p) for p in paths]):
         trajectory = open_trajectory(source)
         assert list(trajectory.steps) == [5, 10, 15]
         assert [trajectory[s]["b"].item() for s in trajectory.steps] == [5, 10, 15]
@@ -488,22 +495,30 @@ def test_a_mismatch_outside_the_window_does_not_matter(tmp_path):
     assert ref.read_safetensors(tmp_path / "out.safetensors")[0]["b"].item() == 25.0
 
 
-def test_check_lists_everything(tmp_path):
-    assert check(open_trajectory(ref.write_run(tmp_path / "good", [10, 20, 30, 40]))) == []
-    bad = tmp_path / "bad"
-    ref.write_run(bad, [10, 20, 30, 50, 60, 70])                                      # 40 is missing
-    shutil.copy(bad / "ckpt_10.safetensors", bad / "ckpt_60.safetensors")             # the same bytes under another step
-    ref.write_safetensors(bad / "ckpt_70.safetensors", {"w": torch.ones(4, 3, dtype=torch.float16), "b": torch.ones(2)})
-    problems = check(open_trajectory(bad))
-    assert all(isinstance(p, str) and "\n" not in p and any(c.isdigit() for c in p) for p in problems), problems     # whole sentences, each about a step
-    text = "\n".join(problems)
-    assert any("30" in p and "50" in p and "ckpt_" not in p for p in problems)        # the gap
-    assert any("60" in p and "10" in p for p in problems)                             # the twins
-    assert any("70" in p and "b" in p for p in problems)                              # shape and type
-    (bad / "ckpt_20.safetensors").write_bytes(b"broken")
-    problems = check(open_trajectory(bad))
-    assert sum("ckpt_20" in p for p in problems) >= 1
-    assert all("ckpt_" in p or "30" in p for p in problems), problems
+def troubled(folder):
+    """A gap at 40, the same bytes under 10 and 60, another shape and type in 70."""
+    ref.write_run(folder, [10, 20, 30, 50, 60, 70])
+    shutil.copy(folder / "ckpt_10.safetensors", folder / "ckpt_60.safetensors")
+    ref.write_safetensors(folder / "ckpt_70.safetensors", {"w": torch.ones(4, 3, dtype=torch.float16), "b": torch.ones(2)})
+    return folder
+
+
+@pytest.mark.parametrize("words", [["30", "50"], ["ckpt_10", "ckpt_60"], ["ckpt_70", "b"]], ids=["gap", "twins", "shape"])
+def test_check_lists_every_problem(words, tmp_path):
+    assert any(all(word in p for word in words) for p in check(open_trajectory(troubled(tmp_path / "run"))))
+
+
+def test_check_writes_whole_sentences(tmp_path):
+    """One string per problem, not its halves; each names a file or, for a gap, its steps."""
+    run = troubled(tmp_path / "run")
+    (run / "ckpt_20.safetensors").write_bytes(b"broken")
+    problems = check(open_trajectory(run))
+    assert any("ckpt_20" in p for p in problems)
+    assert all(isinstance(p, str) and "\n" not in p and ("ckpt_" in p or "30" in p) for p in problems), problems
+
+
+def test_check_finds_nothing_wrong(tmp_path):
+    assert check(open_trajectory(ref.write_run(tmp_path, [10, 20, 30, 40]))) == []
 
 
 def test_twins_are_found_in_every_format(tmp_path):
@@ -532,7 +547,8 @@ def test_duplicates_are_refused_unless_allowed(tmp_path):
 @pytest.mark.parametrize("dtype", list(ref.FORMAT), ids=str)
 def test_nonfinite_weights_are_refused_unless_allowed(value, dtype, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out.safetensors"
-    ref.write_run(run, TENS, lambda s: {"w": torch.full((9,), float(s), dtype=dtype), "bad": torch.tensor([1.0, s, value if s == 20 else s], dtype=dtype)})
+    ref.write_run(run, TENS, lambda s: {"w": torch.full((9,), float(s), dtype=dtype),
+                                        "bad": torch.tensor([1.0, s, value if s == 20 else s], dtype=dtype)})
     trajectory = open_trajectory(run)
     with pytest.raises(LawaError, match=r"bad"):
         average_files(trajectory, {out: (lawa(3), 30)}, tile=8)
@@ -669,6 +685,7 @@ def without(folder, name):
     return folder
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"          # what a clone without git-lfs holds
 SHARD = "model-00002-of-00002.safetensors"
 BROKEN = {
     "truncated data": (lambda d: cut(st_file(d), -1), ["ckpt_7"]),
@@ -695,8 +712,8 @@ BROKEN = {
     "no tensors": (lambda d: ref.write_safetensors(d / "ckpt_7.safetensors", {}), ["ckpt_7"]),
     "truncated pt": (lambda d: cut(pt_file(d), -200), ["ckpt_7"]),
     "empty pt": (lambda d: cut(pt_file(d), 0), ["ckpt_7"]),
-    "text as pt": (lambda d: raw_file(d / "ckpt_7.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), ["ckpt_7"]),
-    "text as safetensors": (lambda d: raw_file(d / "ckpt_7.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), ["ckpt_7"]),
+    "text as pt": (lambda d: raw_file(d / "ckpt_7.pt", LFS), ["ckpt_7"]),
+    "text as safetensors": (lambda d: raw_file(d / "ckpt_7.safetensors", LFS), ["ckpt_7"]),
     "pt holds a list": (lambda d: plain(d / "ckpt_7.pt", [torch.ones(2)]), ["ckpt_7"]),
     "pt holds no tensor": (lambda d: plain(d / "ckpt_7.pt", {"epoch": 3}), ["ckpt_7"]),
     "pt holds only an optimizer": (lambda d: plain(d / "ckpt_7.pt", {"optimizer": ADAM, "epoch": 1}), ["ckpt_7"]),
@@ -835,7 +852,8 @@ os._exit(0)                                             # the group's own teardo
 
 def test_dcp_written_by_two_ranks(tmp_path):
     """Uneven rows, columns and replicas of DTensors: the pieces are put together."""
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", SHARDED, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED]
+    ranks = [subprocess.Popen([*command, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
     errors = [r.communicate(timeout=90)[1] for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], errors
     got = open_checkpoint(tmp_path / "step10")
@@ -893,49 +911,6 @@ def stop(*args):
 """
 
 
-@pytest.mark.parametrize("where", [0.05, 0.3, 0.5, 0.7, 0.95])
-def test_killed_half_way_and_run_again_gives_the_same_bytes(where, undisturbed, tmp_path):
-    folder, want, calls = undisturbed
-    out = tmp_path / "out"
-    out.mkdir()
-    before = ref.digest(folder / "run")
-    died = subprocess.run(job(folder / "run", out, KILL.format(n=max(1, int(where * calls)), signal="SIGKILL"), "stop"), cwd=HOME)
-    assert died.returncode == -signal.SIGKILL
-    for p in out.glob("*.safetensors"):                                         # what has its final name is whole
-        assert p.read_bytes() == want[p.name]
-    again = subprocess.run(job(folder / "run", out), cwd=HOME, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == want              # and nothing else is left
-    assert ref.digest(folder / "run") == before
-
-
-def test_remains_of_another_job_are_not_mixed_in(undisturbed, tmp_path):
-    """Killed, then the inputs change (same names, same sizes, same times): the second run must not trust the first one's half."""
-    folder, _, calls = undisturbed
-    run, out = tmp_path / "run", tmp_path / "out"
-    shutil.copytree(folder / "run", run)
-    out.mkdir()
-    subprocess.run(job(run, out, KILL.format(n=int(0.6 * calls), signal="SIGKILL"), "stop"), cwd=HOME)
-    ref.write_run(run, STEPS, lambda s: {n: t + 1 for n, t in pieces(s).items()})
-    again = subprocess.run(job(run, out), cwd=HOME, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    for n, (k, at) in RECIPE.items():
-        states = [{m: t + 1 for m, t in pieces(s).items()} for s in range(at - k + 1, at + 1)]
-        ref.assert_state(ref.read_safetensors(out / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k))
-
-
-def test_remains_of_other_weights_are_not_mixed_in(undisturbed, tmp_path):
-    folder, want, calls = undisturbed
-    out = tmp_path / "out"
-    out.mkdir()
-    other = [part.replace("lawa_core.lawa(", "lawa_core.ema(1 / ") for part in job(folder / "run", out, KILL.format(n=int(0.6 * calls), signal="SIGKILL"), "stop")]
-    assert subprocess.run(other, cwd=HOME).returncode == -signal.SIGKILL
-    for p in out.glob("*.safetensors"):
-        p.unlink()
-    assert subprocess.run(job(folder / "run", out), cwd=HOME).returncode == 0
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == want
-
-
 SLOW = """
 count = 0
 def stop(*args):
@@ -953,10 +928,51 @@ def stopped_late(run, out, calls, change=lambda part: part):
     assert subprocess.run(command, cwd=HOME, capture_output=True).returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("where", [0.05, 0.3, 0.5, 0.7, 0.95])
+def test_killed_half_way_and_run_again_gives_the_same_bytes(where, undisturbed, tmp_path):
+    folder, want, calls = undisturbed
+    out = tmp_path / "out"
+    out.mkdir()
+    before = ref.digest(folder / "run")
+    died = subprocess.run(job(folder / "run", out, KILL.format(n=max(1, int(where * calls)), signal="SIGKILL"), "stop"), cwd=HOME)
+    assert died.returncode == -signal.SIGKILL
+    for p in out.glob("*.safetensors"):                                         # what has its final name is whole
+        assert p.read_bytes() == want[p.name]
+    again = subprocess.run(job(folder / "run", out), cwd=HOME, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == want              # and nothing else is left
+    assert ref.digest(folder / "run") == before
+
+
+def test_remains_of_another_job_are_not_mixed_in(undisturbed, tmp_path):
+    """Killed, then the run is trained anew (same names, same sizes): the second call must not trust the first one's half."""
+    folder, _, calls = undisturbed
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(folder / "run", run)
+    out.mkdir()
+    stopped_late(run, out, calls)
+    ref.write_run(run, STEPS, lambda s: {n: t + 1 for n, t in pieces(s).items()})
+    again = subprocess.run(job(run, out), cwd=HOME, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    for n, (k, at) in RECIPE.items():
+        states = [{m: t + 1 for m, t in pieces(s).items()} for s in range(at - k + 1, at + 1)]
+        ref.assert_state(ref.read_safetensors(out / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k))
+
+
+def test_remains_of_other_weights_are_not_mixed_in(undisturbed, tmp_path):
+    folder, want, calls = undisturbed
+    out = tmp_path / "out"
+    out.mkdir()
+    stopped_late(folder / "run", out, calls, lambda part: part.replace("lawa_core.lawa(", "lawa_core.ema(1 / "))
+    assert subprocess.run(job(folder / "run", out), cwd=HOME).returncode == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == want
+
+
 def test_a_killed_job_goes_on_where_it_was(undisturbed, tmp_path):
     folder, want, calls = undisturbed
     stopped_late(folder / "run", tmp_path, calls)
-    again = subprocess.run(job(folder / "run", tmp_path, "def stop(*args): print(*args, flush=True)", "stop"), cwd=HOME, capture_output=True, text=True)
+    command = job(folder / "run", tmp_path, "def show(*args): print(*args, flush=True)", "show")
+    again = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert len(again.stdout.splitlines()) < 0.6 * calls
     done, total = again.stdout.splitlines()[-1].split()
@@ -1028,7 +1044,8 @@ def test_rerun_of_a_finished_job_changes_nothing(undisturbed, tmp_path):
 
 def test_interrupt_leaves_no_output(undisturbed, tmp_path):
     folder, want, calls = undisturbed
-    done = subprocess.run(job(folder / "run", tmp_path, KILL.format(n=int(0.2 * calls), signal="SIGINT"), "stop"), cwd=HOME, capture_output=True)
+    command = job(folder / "run", tmp_path, KILL.format(n=int(0.2 * calls), signal="SIGINT"), "stop")
+    done = subprocess.run(command, cwd=HOME, capture_output=True)
     assert done.returncode != 0
     assert all(p.read_bytes() == want[p.name] for p in tmp_path.glob("*.safetensors"))
     assert subprocess.run(job(folder / "run", tmp_path), cwd=HOME).returncode == 0
@@ -1059,12 +1076,12 @@ import resource, sys, lawa_core
 if {limit}: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)
 try:
     if {save}:
-        import numpy
-        lawa_core.save({out!r} + "/ckpt_1.safetensors", {{"w": numpy.ones(300000)}})
+        import torch
+        lawa_core.save({out!r} + "/ckpt_1.safetensors", {{"w": torch.ones(300000)}})
     else:
         lawa_core.average_files(lawa_core.open_trajectory({run!r}), {{{out!r} + "/mean.safetensors": (lawa_core.lawa(3), 6)}})
 except (lawa_core.LawaError, OSError) as error:
-    assert isinstance(error, lawa_core.LawaError) or {save}, error          # a training loop may see the system's own error, if it names the file
+    assert isinstance(error, lawa_core.LawaError) or {save}, error          # save may pass on the system's error, if that names the file
     print("refused:", error)
 """
 
@@ -1096,20 +1113,23 @@ def test_disk_full(how, what, undisturbed, tmp_path):
     assert ref.digest(folder / "run") == before
 
 
-def test_outputs_that_cannot_be(tmp_path):
+@pytest.mark.parametrize(("name", "at", "dtype", "named"), [
+    ("file/mean.safetensors", 30, None, "mean.safetensors"),
+    ("mean.safetensors", 35, None, "35"),
+    ("mean.safetensors", 30, "int7", "int7"),
+    ("mean.safetensors", 30, "I64", "I64"),                # would cut off every fraction
+])
+def test_outputs_that_cannot_be(name, at, dtype, named, tmp_path):
     ref.write_run(tmp_path / "run", TENS)
-    trajectory = open_trajectory(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(LawaError, match="mean.safetensors"):
-        average_files(trajectory, {tmp_path / "file" / "mean.safetensors": (lawa(2), 30)})
-    with pytest.raises(LawaError, match=r"\b35\b"):
-        average_files(trajectory, {tmp_path / "mean.safetensors": (lawa(2), 35)})
-    for dtype in ("int7", "I64"):        # unknown, and one that would cut off every fraction
-        with pytest.raises(LawaError, match=dtype):
-            average_files(trajectory, {tmp_path / "mean.safetensors": (lawa(2), 30)}, dtype=dtype)
-    with pytest.raises(LawaError):
-        average_files(trajectory, {})
+    with pytest.raises(LawaError, match=named):
+        average_files(open_trajectory(tmp_path / "run"), {tmp_path / name: (lawa(2), at)}, dtype=dtype)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_no_outputs_at_all(tmp_path):
+    with pytest.raises(LawaError):
+        average_files(open_trajectory(ref.write_run(tmp_path, TENS)), {})
 
 
 def test_one_bad_output_of_several_stops_all(tmp_path):

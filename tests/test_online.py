@@ -244,7 +244,9 @@ def test_frozen_parameters_do_not_change_by_a_bit():
 
 
 @pytest.mark.parametrize(("make", "first", "second"), [
-    (lambda m: LAWA(m, k=2, spacing=2, start=6), 6, 8), (lambda m: SWA(m, start=6, every=2), 6, 8), (lambda m: EMA(m, 0.5, every=2, start=6), 6, 8),
+    (lambda m: LAWA(m, k=2, spacing=2, start=6), 6, 8),
+    (lambda m: SWA(m, start=6, every=2), 6, 8),
+    (lambda m: EMA(m, 0.5, every=2, start=6), 6, 8),
 ], ids=["lawa", "swa", "ema"])
 def test_nothing_before_start(make, first, second):
     """What the model was before `start` has no share."""
@@ -260,8 +262,10 @@ def test_nothing_before_start(make, first, second):
     ref.assert_close(online.average()["wte.weight"].float(), want["wte.weight"])
 
 
-@pytest.mark.parametrize("make", [lambda m: LAWA(m, k=0, spacing=1), lambda m: LAWA(m, k=2, spacing=0), lambda m: EMA(m, 1.5), lambda m: EMA(m, []),
-                                  lambda m: EMA(m, [0.5, math.nan]), lambda m: SWA(m, every=0)], ids=str)
+@pytest.mark.parametrize("make", [
+    lambda m: LAWA(m, k=0, spacing=1), lambda m: LAWA(m, k=2, spacing=0), lambda m: EMA(m, 1.5), lambda m: EMA(m, []),
+    lambda m: EMA(m, [0.5, math.nan]), lambda m: SWA(m, every=0),
+], ids=["k", "spacing", "beta", "no beta", "one bad beta", "every"])
 def test_bad_settings_are_refused(make):
     with pytest.raises(LawaError):
         make(Net())
@@ -457,7 +461,7 @@ def test_window_on_disk_holds_k_files_and_deletes_nothing_else(tmp_path):
     online = LAWA(net, k=3, spacing=4, folder=tmp_path)
     for step, _ in walk(net, 24):
         online.update(step)
-        held = [s for s in range(4, step + 1, 4)][-3:]
+        held = list(range(4, step + 1, 4))[-3:]
         assert listing(tmp_path) == sorted(["notes.txt", "ckpt_best.pt", "ckpt_3.safetensors", *(f"ckpt_{s}.safetensors" for s in held)])
     assert {k: v for k, v in ref.digest(tmp_path).items() if k in foreign} == foreign
 

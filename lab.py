@@ -1,0 +1,138 @@
+"""What the notebooks share apart from training and averaging: their settings, the figures' style, and the record of what they found.
+
+A notebook makes one `Lab` from its parameters, draws figures through it, states verdicts through it and records both under its results
+folder, from which pages.py builds the front page.
+"""
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+
+import lawa_core
+from lawa_core import LawaError
+
+IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # names a kernel brings along
+MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # so that curves tell apart in black and white
+
+
+class Lab:
+    """A notebook's settings as attributes, and the collector of its results.
+
+    Args: name: the notebook's; question: one line; namespace: the notebook's globals() right after the parameters cell: annotated names are
+    parameters, None takes the scale's value, a text such as "0,1,2" is a list of numbers.
+    Errors: LawaError naming every bad parameter at once: unknown, of the wrong type, or out of range; before anything is trained or written.
+    """
+
+    def __init__(self, name: str, question: str, namespace: dict):
+        import model
+        known = namespace.get("__annotations__") or namespace["__annotate__"](1)  # Python 3.14 keeps them in a function
+        given = {key: namespace[key] for key in known}
+        problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key, value in namespace.items()
+                    if key not in known and key not in IPYTHON and not key.startswith("_") and isinstance(value, (int, float, str, list, dict))]
+        problems += [f"{key} must be {_spelled(kind)}, got {given[key]!r}" for key, kind in known.items() if not _fits(given[key], kind)]
+        values = dict(model.scale_values(given["scale"])) if given.get("scale") in model.SCALES else {}
+        if not values:
+            problems.append(f"scale must be one of {', '.join(model.SCALES)}, got {given.get('scale')!r}")
+        if problems:
+            raise LawaError("; ".join(problems))
+        values |= {key: value for key, value in given.items() if value is not None}
+        self.name, self.question, self.values, self.given, self.begun = name, question, values, given, time.monotonic()
+        self.config = model.scale_config(values)  # refuses values out of range
+        model.open_corpus(self.config.corpus)  # and a missing corpus
+        self.k, self.spacing, self.seeds = values["k"], values["spacing"], numbers("seeds", values["seeds"], int)
+        if self.spacing % self.config.ckpt_interval:
+            raise LawaError(f"spacing must be a multiple of the checkpoint interval {self.config.ckpt_interval}, got {self.spacing}")
+        lawa_core.lawa(self.k, self.spacing)
+        self.folder = Path(values.get("out") or model.ROOT / "results" / f"scale-{values['scale']}") / name
+        self.figures, self.verdicts = [], []
+        _style()
+
+    def figure(self, fig, name: str, title: str, caption: str) -> None:
+        """Keep a matplotlib figure as PNG under the results; the notebook shows it as well."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fig.savefig(self.folder / f"{name}.png", dpi=160, bbox_inches="tight")
+        self.figures.append({"file": f"{name}.png", "title": title, "caption": caption})
+
+    def verdict(self, claim: str, holds: bool | None, ours: str, evidence: str, paper: str, source: str, n: int, figure: str) -> None:
+        """State a verdict: prints it, keeps it. holds: None where this scale cannot tell."""
+        word = {True: "holds", False: "does not hold", None: "undecided"}[holds]
+        print(f"{claim}: {word} at scale {self.values['scale']} ({evidence}). Here: {ours}. Paper: {paper}.")
+        self.verdicts.append({"claim": claim, "paper": paper, "paper_source": source, "ours": ours, "holds": holds, "evidence": evidence, "n": n,
+                              "figure": f"{figure}.png"})
+
+    def record(self, rows: list[dict]) -> None:
+        """Write rows.csv and, last and atomically, record.json: what the front page and the README are built from."""
+        import torch
+        with lawa_core.replacing(self.folder / "rows.csv") as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        changed = {key: value for key, value in self.given.items() if value is not None and key != "out"}
+        command = shlex.join(["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb", *(w for k, v in changed.items() for w in ("-p", k, str(v)))])
+        record = {"notebook": self.name, "title": self.name.replace("_", " "), "question": self.question, "scale": self.values["scale"],
+                  "params": {key: value for key, value in self.values.items() if key != "out"}, "command": command,
+                  "seconds": round(time.monotonic() - self.begun, 1), "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                  "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}", "rows": "rows.csv",
+                  "figures": self.figures, "verdicts": self.verdicts}
+        with lawa_core.replacing(self.folder / "record.json") as part:
+            part.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def numbers(name: str, value, kind=float) -> list:
+    """A parameter that is a list of numbers: "1,3,10", 3 or [1, 3]. LawaError for anything else, an empty list, or one number twice."""
+    words = value.replace(",", " ").split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        found = [kind(word) for word in words]
+    except (TypeError, ValueError):
+        raise LawaError(f"{name} must be numbers such as '1,3,10', got {value!r}") from None
+    if not found or len(set(found)) < len(found):
+        raise LawaError(f"{name} must be at least one number, none twice, got {value!r}")
+    return found
+
+
+def _fits(value, kind) -> bool:
+    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+def _spelled(kind) -> str:
+    return str(kind).replace("<class '", "").replace("'>", "").replace(" | None", " (or None for the scale's)")
+
+
+def mean_se(values) -> tuple[float, float]:
+    """(mean, standard error of the mean); nan for a single value's error."""
+    values = np.asarray(values, float)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def pm(values, digits: int = 3) -> str:
+    """"+0.041 ± 0.006": mean and standard error of a few differences."""
+    mean, error = mean_se(values)
+    return f"{mean:+.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else " (one seed)")
+
+
+def band(ax, x, values, label: str, number: int, **style) -> None:
+    """A curve of the mean over seeds with a band from the lowest to the highest. values: (seeds, steps)."""
+    values = np.asarray(values)
+    style = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)], "markersize": 4, "markevery": 3} | style
+    ax.plot(x, values.mean(0), label=label, **style)
+    if len(values) > 1:
+        ax.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _style() -> None:
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"figure.figsize": (8, 4.2), "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 10, "axes.grid": True,
+                         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 11})
