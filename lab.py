@@ -57,6 +57,19 @@ class Lab:
         self.figures, self.verdicts = [], []
         _style()
 
+    def points(self, n: int = 20) -> list[int]:
+        """About n checkpoint steps, evenly spread over the run: where losses are evaluated."""
+        steps = self.config.checkpoint_steps
+        return sorted({min(steps, key=lambda step: abs(step - self.config.max_iters * i / n)) for i in range(1, n + 1)})
+
+    def evaluate(self, configs, schemes: dict, at, fields=("lr", "seed")) -> list[dict]:
+        """Train what is not trained, then evaluate run and averages; rows of `model.evaluate_trajectory` with the configurations' `fields`."""
+        import model
+        configs = list(configs)
+        print(model.plan(configs))
+        return [{field: getattr(config, field) for field in fields} | row for config, run in zip(configs, model.train_all(configs), strict=True)
+                for row in model.evaluate_trajectory(run, schemes, at, self.values["n_blocks"])]
+
     def figure(self, fig, name: str, title: str, caption: str) -> None:
         """Keep a matplotlib figure as PNG under the results; the notebook shows it as well."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +122,28 @@ def _fits(value, kind) -> bool:
 
 def _spelled(kind) -> str:
     return str(kind).replace("<class '", "").replace("'>", "").replace(" | None", " (or None for the scale's)")
+
+
+def grid(rows: list[dict], column: str, **axes) -> np.ndarray:
+    """`column` of the rows as an array: an axis for each keyword whose value is a list, in order; a single value selects, as in scheme="lawa"."""
+    lists = {name: list(values) for name, values in axes.items() if isinstance(values, (list, tuple))}
+    fixed = {name: value for name, value in axes.items() if name not in lists}
+    out = np.full([len(values) for values in lists.values()], np.nan)
+    for row in rows:
+        if all(row[name] == value for name, value in fixed.items()) and all(row[name] in values for name, values in lists.items()):
+            out[tuple(values.index(row[name]) for name, values in lists.items())] = row[column]
+    return out
+
+
+def beyond_spread(differences) -> bool | None:
+    """Does a paired difference exceed its spread: positive for every seed, its mean above its standard deviation? None for a single seed."""
+    differences = np.asarray(differences, float)
+    return bool((differences > 0).all() and differences.mean() > differences.std(ddof=1)) if len(differences) > 1 else None
+
+
+def in_favour(differences) -> str:
+    """"3 of 3 seeds": how many of the paired differences are positive."""
+    return f"{int((np.asarray(differences) > 0).sum())} of {len(differences)} seeds"
 
 
 def mean_se(values) -> tuple[float, float]:

@@ -864,14 +864,15 @@ SCALES = {
               "k": 5, "spacing": 10, "n_blocks": 128, "averages": "ema(0.9); ema(0.98)"},
     "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100, "ckpt_interval": 20,
                "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 128, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
-    "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "batch_size": 128, "warmup_iters": 300, "ckpt_interval": 100, "spacing": 100},
+    "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "batch_size": 32, "accumulation": 4, "warmup_iters": 300,
+                 "ckpt_interval": 100, "spacing": 100},
     "gpt2-small": {**_PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200, "spacing": 1000},
     "gpt2-medium": {**_PAPER, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12, "accumulation": 12, "ckpt_interval": 2000, "spacing": 2000},
     "gpt2-large": {**_PAPER, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "accumulation": 6, "ckpt_interval": 1000, "spacing": 1000,
                    "min_lr_frac": 0.005},
 }
-GPUS = {"RTX 4090": (165e12, 24), "A100": (312e12, 80), "H100": (989e12, 80)}  # dense bf16 peak, FLOP/s, and memory, GB: the makers' data sheets
-USED = 0.4  # share of the peak that a well-fed GPU sustains, as nanoGPT and others report
+DEVICES = {  # sustained FLOP/s and memory in GB: for GPUs 40% of the dense bf16 peak on the maker's data sheet, for CPU cores as measured here
+    "two CPU cores": (60e9, 16), "RTX 4090": (66e12, 24), "A100": (125e12, 80), "H100": (396e12, 80)}
 
 
 def scale_values(name: str) -> dict:
@@ -915,25 +916,37 @@ def cost(config: Config, vocab_size: int = 50_257, keep=None, disk_budget: float
             "checkpoint_bytes": checkpoint_bytes(config, vocab_size) * len(kept_steps(config, vocab_size, keep, disk_budget))}
 
 
-def plan(configs, rates: dict[str, float] | None = None, **disk) -> str:
-    """A few lines: what the runs cost, hours at each rate (FLOP/s sustained; default: 40% of common GPUs' peaks), and whether disk and memory suffice.
-
-    disk: `keep` and `disk_budget` as for `train`.
-    """
+def plan(configs, keep=None, disk_budget: float = math.inf) -> str:
+    """A few lines: what the runs take, time on common devices, and whether disk and memory suffice here. Other arguments as for `train`."""
     device = pick_device()
-    configs = [config.resolved(device if rates is None else torch.device("cpu")) for config in configs]
-    known = {config.corpus: (DATA / config.corpus / "meta.json").exists() for config in configs}
-    costs = [cost(config, open_corpus(config.corpus).vocab_size if known[config.corpus] else 50_257, **disk) for config in configs]
-    flops, stored, most = sum(c["flops"] for c in costs), sum(c["checkpoint_bytes"] for c in costs), max(costs, key=lambda c: sum(c["memory"].values()))
-    memory, free = sum(most["memory"].values()), shutil.disk_usage(next(p for p in (RUNS, *RUNS.parents) if p.exists())).free
+    configs = [config.resolved(device) for config in configs]
+    sizes = {name: open_corpus(name).vocab_size if _is_corpus(name) else 50_257 for name in {config.corpus for config in configs}}
+    costs = [cost(config, sizes[config.corpus], keep, disk_budget) for config in configs]
+    flops, disk = sum(c["flops"] for c in costs), sum(c["checkpoint_bytes"] for c in costs)
+    parts = max((c["memory"] for c in costs), key=lambda parts: sum(parts.values()))
+    memory, free = sum(parts.values()), shutil.disk_usage(next(path for path in (RUNS, *RUNS.parents) if path.exists())).free
     there = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rates = rates or {f"{name} ({USED:.0%} of its peak{', too small' if memory > size * 1e9 else ''})": USED * peak for name, (peak, size) in GPUS.items()}
+    times = [f"{_duration(flops / rate)} on {name} at {rate / 1e12:g} TFLOP/s{' (too small)' if memory > size * 1e9 else ''}"
+             for name, (rate, size) in DEVICES.items()]
     return "\n".join([
-        f"{len(costs)} run{'s' * (len(costs) > 1)}, {most['parameters'] / 1e6:.2f}M parameters, {sum(c['tokens'] for c in costs) / 1e6:,.1f}M tokens, {flops:.2e} FLOPs in all",
-        f"checkpoints {stored / 1e9:.2f} GB on disk, {free / 1e9:.0f} GB free: {'enough' if stored < free else 'NOT ENOUGH; raise ckpt_interval, or set --disk_budget and --keep'}",
-        f"memory {memory / 1e9:.2f} GB ({', '.join(f'{name} {size / 1e9:.2f}' for name, size in most['memory'].items() if size)}), "
-        f"{there / 1e9:.0f} GB on this {device.type}: {'enough' if memory < there else 'NOT ENOUGH; lower batch_size, raise accumulation'}",
-        *(f"{flops / rate / 3600:.2f} hours on {name}" for name, rate in rates.items())])
+        f"{len(costs)} run{'s' * (len(costs) > 1)}: up to {max(c['parameters'] for c in costs) / 1e6:.2f}M parameters in {configs[0].dtype}, "
+        f"{sum(c['tokens'] for c in costs) / 1e6:,.1f}M tokens, {flops:.2e} FLOPs in all",
+        f"time: about {', '.join(times)}",
+        f"disk: {disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.0f} GB free: "
+        f"{'enough' if disk < free else 'NOT ENOUGH; raise ckpt_interval, or set disk_budget and keep'}",
+        f"memory: {memory / 1e9:.2f} GB ({', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items() if size)}), "
+        f"{there / 1e9:.0f} GB on this {device.type}: {'enough' if memory < there else 'NOT ENOUGH; lower batch_size, raise accumulation'}"])
+
+
+def _is_corpus(name: str) -> bool:
+    return any((folder / "meta.json").exists() for folder in (DATA / name, Path(name)))
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400 * 2), ("hours", 3600 * 2), ("minutes", 120)):
+        if seconds >= size:
+            return f"{seconds / size * 2:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 # ---- 8. Text ------------------------------------------------------------------------------------------------------------------------
