@@ -860,8 +860,8 @@ class _Cache:
 _OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512, "averages": "ema(0.9); ema(0.999)"}
 _PAPER = {**_OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
 SCALES = {
-    "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 300, "batch_size": 8, "warmup_iters": 30, "ckpt_interval": 10, "seeds": "0,1",
-              "k": 5, "spacing": 10, "n_blocks": 128, "averages": "ema(0.9); ema(0.98)"},
+    "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8, "warmup_iters": 40, "ckpt_interval": 10, "seeds": "0,1",
+              "k": 3, "spacing": 10, "n_blocks": 64, "averages": "ema(0.9); ema(0.98)"},
     "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100, "ckpt_interval": 20,
                "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 128, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
     "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "batch_size": 32, "accumulation": 4, "warmup_iters": 300,
