@@ -37,8 +37,10 @@ class Lab:
         import model
         known = namespace.get("__annotations__") or namespace["__annotate__"](1)  # Python 3.14 keeps them in a function
         given = {key: namespace[key] for key in known}
-        problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key, value in namespace.items()
-                    if key not in known and key not in IPYTHON and key[0] != "_" and isinstance(value, (int, float, str, list, dict))]
+        again = any(isinstance(value, Lab) for value in namespace.values())  # the cell is run anew, after cells that made names of their own
+        strange = [key for key, value in namespace.items() if not again and key not in known and key not in IPYTHON and key[0] != "_"
+                   and isinstance(value, (int, float, str, list, dict))]
+        problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key in strange]
         problems += [f"{key} must be {_spelled(kind)}, got {given[key]!r}" for key, kind in known.items() if not _fits(given[key], kind)]
         values = dict(model.scale_values(given["scale"])) if given.get("scale") in model.SCALES else {}
         if not values:
