@@ -161,7 +161,8 @@ def card(entry: Entry, verdict: dict) -> str:
             ("Here", text(verdict.get("ours")) + small(verdict.get("evidence"))),
             ("n", f"{text(verdict.get('n'))}, scale {text(entry.record.get('scale'))}"))
     facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
-    return f'<li>{badge(verdict)}<h3>{anchor(entry, verdict.get("claim"))}</h3>{image}<dl>{facts}</dl></li>'
+    command = f"<details><summary>command</summary><pre>{text(entry.record.get('command'))}</pre></details>"
+    return f'<li>{badge(verdict)}<h3>{anchor(entry, verdict.get("claim"))}</h3>{image}<dl>{facts}</dl>{command}</li>'
 
 
 def section(entry: Entry) -> str:
@@ -293,6 +294,7 @@ a { color: var(--link); text-underline-offset: .15em; }
 .cards h3 a:hover { text-decoration: underline; }
 .cards .paper { display: block; width: 100%; padding: .4rem; } .cards img { width: 100%; aspect-ratio: 16 / 9; object-fit: contain; }
 .cards dl { font: inherit; font-size: .9rem; gap: .35rem .8rem; margin: 0; width: 100%; } .cards dt { color: var(--soft); }
+.cards details { width: 100%; } .cards pre { margin: .4rem 0 0; padding: .5rem .7rem; background: var(--back); }
 .figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; } figure:only-child { max-width: 46rem; }
 .paper { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .75rem; }
