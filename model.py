@@ -510,6 +510,9 @@ class _Behind:
         last, self.last = self.last, None
         return last and last.result()
 
+    def close(self) -> None:
+        self.pool.shutdown()
+
 
 class _Run:
     """One run in progress: model, optimizer, averages, and how many steps are done."""
@@ -602,6 +605,9 @@ class _Run:
             except OSError as error:
                 raise LawaError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
                                 "last state") from None
+            finally:
+                self.loader.close()
+                self.writer.close()
         if self.rank == 0:
             self._summarize(first, time.monotonic() - begun)
 
@@ -1055,6 +1061,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
         return 130
+    except SystemExit:
+        print("terminated, state saved; the same command goes on", file=sys.stderr)
+        raise
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) else 1
