@@ -884,7 +884,7 @@ SCALES = {
     "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8, "warmup_iters": 40, "ckpt_interval": 10,
               "seeds": "0,1", "k": 3, "spacing": 10, "n_blocks": 64, "averages": "ema(0.9); ema(0.98)"},
     "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100,
-               "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 128, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
+               "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 64, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
     "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "warmup_iters": 300, "batch_size": 32,
                  "accumulation": 4, "ckpt_interval": 100, "spacing": 100},
     "gpt2-small": {**_PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200,
