@@ -294,7 +294,7 @@ def check_interrupted(process, child, argv, folder, want):
 @SIGNALS
 def test_interrupted_while_touching_files(number, status, long, undisturbed, child, tmp_path):
     """In the midst of writing checkpoints, averages, rows."""
-    for moment in random.Random(2).sample(range(20, 70), 4):
+    for moment in random.Random(2).sample(range(20, 70), 3):
         folder = tmp_path / f"run{moment}"
         argv = ["train", *flags(long, folder, state_seconds=1e9, eval_interval=5)]
         process = child(*argv, signal_at=(moment, number, str(folder)))
@@ -306,7 +306,7 @@ def test_interrupted_while_touching_files(number, status, long, undisturbed, chi
 def test_interrupted_at_random_moments(number, status, long, undisturbed, child, tmp_path):
     """Mostly in the midst of a step, whose update must be whole or not have been."""
     rng = random.Random(3)
-    for i in range(4):
+    for i in range(3):
         folder = tmp_path / f"run{i}"
         argv = ["train", *flags(long, folder, state_seconds=1e9, eval_interval=5)]
         process = child(*argv)
