@@ -28,6 +28,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -38,15 +39,20 @@ import model
 from lawa_core import LawaError
 
 LAPTOP = model.SCALES["laptop"]
-SIZES = {  # preset: batch size, vocabulary (None: the corpus's), rounds (None: --repeats), blocks per evaluation timed (None: no costs)
-    "nano": (8, None, None, None),
-    "micro": (LAPTOP["batch_size"], None, None, 128),
-    "mini": (8, None, None, 32),
-    "midi": (4, None, None, None),
-    "gpt2-small": (1, 50_257, 3, 2),
-}
+
+
+class Size(NamedTuple):
+    batch: int  # sequences per step
+    vocabulary: int | None = None  # default: the corpus's
+    compared: int = 10  # steps whose losses are compared with the textbook's
+    rounds: int | None = None  # default: --repeats
+    blocks: int = 0  # per evaluation timed; 0: not in the table of costs
+
+
+SIZES = {"nano": Size(8), "micro": Size(LAPTOP["batch_size"], blocks=128), "mini": Size(8, blocks=32), "midi": Size(4),
+         "gpt2-small": Size(1, 50_257, compared=2, rounds=3, blocks=2)}
 PRODUCTS = ((1024, 128, 512), (1024, 256, 1024), (1024, 384, 1536), (1024, 768, 3072), (2048, 2048, 2048))  # tokens, width in, width out
-TOLERANCE = 1e-5  # of a loss, relative: some tens of fp32 ulps; a wrong mask, scale or decay shows at 1e-4 and more
+TOLERANCE = 3e-6  # of a loss, relative: about 25 fp32 ulps; no weight decay, twice the scale in one layer show at 1e-5 within ten steps
 EXAMPLES = """examples
   python benchmarks/training.py                       everything, about eight minutes on two quiet cores
   python benchmarks/training.py --quick               under a minute
@@ -137,15 +143,15 @@ def draw(tokens, sequences: int, block: int):
 
 
 def contestants(ours, config, corpus, folder) -> dict:
-    """{name: call of one step}, after two steps (transformers: one, its biases train too) that must give the project's losses."""
+    """{name: call of one step}, after steps that must give the project's losses; of transformers one step, since it trains biases too."""
     shape, weights = ours.model.config, {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
-    textbook = Textbook(shape, weights)
-    loops = {"textbook": (plain_loop(textbook, textbook, config), 2)}
+    textbook, compared = Textbook(shape, weights), SIZES[config.preset].compared
+    loops = {"textbook": (plain_loop(textbook, textbook, config), compared)}
     if installed("transformers"):
         loops["transformers"] = plain_loop(*hugging_face(shape, weights, folder / "hf"), config), 1
-    losses = [float(ours.step()) for _ in range(2)]
-    for name, (step, checked) in loops.items():
-        for i in range(checked):
+    losses = [float(ours.step()) for _ in range(compared)]
+    for name, (step, steps) in loops.items():
+        for i in range(steps):
             loss = float(step(*ours.batch(i)))
             if not math.isclose(loss, losses[i], rel_tol=TOLERANCE):
                 raise LawaError(f"{config.preset}, step {i + 1}: expected {name} to have the project's loss {losses[i]}, got {loss}")
@@ -220,11 +226,10 @@ def side_by_side(folder, steps: int) -> float:
 
 def sized(preset: str):
     """(config, corpus) of a row: a constant rate, and a vocabulary of GPT-2's size where the row says so."""
-    batch, vocabulary, *_ = SIZES[preset]
-    corpus = model.open_corpus(LAPTOP["corpus"])
-    if vocabulary:
-        corpus = dataclasses.replace(corpus, meta=corpus.meta | {"vocab_size": vocabulary})
-    return model.Config(preset=preset, corpus=LAPTOP["corpus"], batch_size=batch, warmup_iters=0, schedule="constant", dtype="fp32"), corpus
+    size, corpus = SIZES[preset], model.open_corpus(LAPTOP["corpus"])
+    if size.vocabulary:
+        corpus = dataclasses.replace(corpus, meta=corpus.meta | {"vocab_size": size.vocabulary})
+    return model.Config(preset, LAPTOP["corpus"], batch_size=size.batch, warmup_iters=0, schedule="constant", dtype="fp32"), corpus
 
 
 def matmul(args, folder):
@@ -240,7 +245,7 @@ def growth(args, folder):
         config, corpus = sized(preset)
         ours = project(config, corpus, folder)
         work = contestants(ours, config, corpus, folder) | {"mm": multiply(*best)}
-        took = in_turns(work, SIZES[preset][2] or args.repeats, args.seconds)
+        took = in_turns(work, SIZES[preset].rounds or args.repeats, args.seconds)
         c, parameters = ours.model.config, ours.model.size()
         flops = config.tokens_per_step * (6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size)
         rows.append({"preset": preset, "parameters": parameters, "batch": f"{config.batch_size} x {c.block_size}",
@@ -253,9 +258,9 @@ def growth(args, folder):
 
 def costs(args, folder):
     rows = []
-    for preset in (preset for preset in args.presets if SIZES[preset][3]):
+    for preset in (preset for preset in args.presets if SIZES[preset].blocks):
         config, corpus = sized(preset)
-        ours, (_, _, rounds, blocks) = project(config, corpus, folder), SIZES[preset]
+        ours, blocks = project(config, corpus, folder), SIZES[preset].blocks
         one, three = (lawa_core.EMA(ours.model, betas) for betas in ((0.99,), (0.9, 0.99, 0.999)))
         work = {"step": ours.step,
                 "checkpoint": functools.partial(lawa_core.save, folder / "checkpoint.safetensors", ours.model.state_dict()),
@@ -263,7 +268,7 @@ def costs(args, folder):
                 "evaluation": functools.partial(model.evaluate, ours.model, corpus, blocks)}
         for call in work.values():  # warms up
             call()
-        took = in_turns(work, rounds or args.repeats, args.seconds / 2)
+        took = in_turns(work, SIZES[preset].rounds or args.repeats, args.seconds / 2)
         took["evaluation"] = [model.BLOCKS / blocks * t for t in took["evaluation"]]
         rows.append({"preset": preset, **{name: over(took[name], took["step"]) for name in list(work)[1:]},
                      "step_ms": spread([1e3 * t for t in took["step"]]), "step_tokens": config.tokens_per_step})
@@ -388,12 +393,12 @@ def installed(package: str) -> str | None:
 
 
 def circumstances() -> dict:
-    """What numbers hold for. The load before tells whether the machine was quiet."""
+    """What the numbers hold for. The load, of the minute before, tells whether the machine was quiet."""
     cpus = Path("/proc/cpuinfo")
     cpu = cpus.read_text().partition("model name\t: ")[2].partition("\n")[0] if cpus.exists() else ""
     return {"machine": {"cpu": cpu or platform.processor(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
             "versions": {"python": platform.python_version()} | {name: installed(name) for name in ("torch", "transformers", "numpy")},
-            "threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2),
+            "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2),
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
@@ -402,16 +407,17 @@ def parse(argv):
     parser = argparse.ArgumentParser("training.py", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--presets", nargs="+", choices=SIZES, default=list(SIZES), metavar="PRESET", help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default %(default)s; gpt2-small: 3)")
+    parser.add_argument("--repeats", type=int, help="rounds (default 5, with --quick 1; gpt2-small always 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all but launched runs (default here %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="the size of scale laptop only, two short rounds; kept only if --out is given")
+    parser.add_argument("--quick", action="store_true", help="scale laptop's size only, shorter turns and runs; kept only if --out is given")
     parser.add_argument("--out", type=Path, help="JSON file whose sections are replaced (default: training.json beside this script)")
     args = parser.parse_args(argv)
+    args.seconds, args.steps = (0.2, 40) if args.quick else (0.5, 80)  # of a turn; of a launched run
+    args.repeats = (1 if args.quick else 5) if args.repeats is None else args.repeats
     if args.repeats < 1 or args.threads < 1:
         parser.error(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
-    args.seconds, args.steps = (0.2, 40) if args.quick else (0.5, 120)  # of a turn; of a launched run
     if args.quick:
-        args.presets, args.repeats = [LAPTOP["preset"]], 2
+        args.presets = [LAPTOP["preset"]]
     args.out = args.out or (None if args.quick else Path(__file__).with_suffix(".json"))
     return args
 
@@ -420,11 +426,14 @@ def main(argv=None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     kept = json.loads(args.out.read_text())["sections"] if args.out and args.out.exists() else {}
+    found = circumstances()
+    if found["load"] > 0.5:
+        note(f"the machine is busy (load {found['load']}): every number below is suspect, ratios of two processes to one most of all")
     model.RUNS.mkdir(exist_ok=True)  # temporary files go where runs go: to the same disk
     try:
         for name in args.only:
             section, title, columns = SECTIONS[name]
-            begun, found = time.monotonic(), circumstances()
+            begun = time.monotonic()
             with tempfile.TemporaryDirectory(dir=model.RUNS, prefix="benchmark-") as folder:
                 rows = section(args, Path(folder))
             kept[name] = found | {"seconds": round(time.monotonic() - begun, 1), "rows": rows}
