@@ -57,7 +57,7 @@ EXAMPLES = """examples
   python benchmarks/training.py                       everything, about eight minutes on two quiet cores
   python benchmarks/training.py --quick               under a minute
   python benchmarks/training.py --only growth costs   these again; the other sections' numbers stay in the file
-exit status: 0 measured, whether or not what was expected was reached; 1 a contestant disagrees or fails; 2 bad usage"""
+exit status: 0 measured, whether or not what was expected was reached; 1 a contestant disagrees or fails; 2 bad usage; 130 interrupted"""
 
 
 # ---- 1. The contestants -------------------------------------------------------------------------------------------------------------
@@ -369,7 +369,8 @@ def reach(kept) -> list[dict]:
 
 def cell(value, form: str) -> str:
     if isinstance(value, dict):
-        return f"{value['median']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
+        between = f" ({value['low']:{form}} to {value['high']:{form}})" if value["n"] > 1 else ""
+        return f"{value['median']:{form}}{between}"
     return "" if value is None else f"{value:{form}}"
 
 
@@ -377,7 +378,7 @@ def table(title: str, columns: dict, rows: list[dict]) -> str:
     lines = [[heading for heading, _ in columns.values()], ["---"] * len(columns)]
     lines += [[cell(row[key], form) for key, (_, form) in columns.items()] for row in rows]
     rounds = sorted({value["n"] for row in rows for value in row.values() if isinstance(value, dict)})
-    counted = f"; median, lowest and highest of {' or '.join(map(str, rounds))} rounds" if rounds else ""
+    counted = f"; median, lowest and highest of {' or '.join(map(str, rounds))} rounds" if max(rounds, default=1) > 1 else ""
     return "\n".join([f"\n### {title}{counted}\n", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
@@ -402,6 +403,15 @@ def circumstances() -> dict:
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
+def kept_sections(path: Path | None) -> dict:
+    if not (path and path.exists()):
+        return {}
+    try:
+        return json.loads(path.read_text())["sections"]
+    except (ValueError, KeyError, TypeError):
+        raise LawaError(f"{path} is no JSON of this benchmark; move it away or give another --out") from None
+
+
 def parse(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("training.py", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
@@ -409,7 +419,7 @@ def parse(argv):
     parser.add_argument("--presets", nargs="+", choices=SIZES, default=list(SIZES), metavar="PRESET", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--repeats", type=int, help="rounds (default 5, with --quick 1; gpt2-small always 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all but launched runs (default here %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="scale laptop's size only, shorter turns and runs; kept only if --out is given")
+    parser.add_argument("--quick", action="store_true", help="scale laptop's size only, in short; kept only if --out is given")
     parser.add_argument("--out", type=Path, help="JSON file whose sections are replaced (default: training.json beside this script)")
     args = parser.parse_args(argv)
     args.seconds, args.steps = (0.2, 40) if args.quick else (0.5, 80)  # of a turn; of a launched run
@@ -425,12 +435,12 @@ def parse(argv):
 def main(argv=None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    kept = json.loads(args.out.read_text())["sections"] if args.out and args.out.exists() else {}
     found = circumstances()
     if found["load"] > 0.5:
         note(f"the machine is busy (load {found['load']}): every number below is suspect, ratios of two processes to one most of all")
     model.RUNS.mkdir(exist_ok=True)  # temporary files go where runs go: to the same disk
     try:
+        kept = kept_sections(args.out)
         for name in args.only:
             section, title, columns = SECTIONS[name]
             begun = time.monotonic()
@@ -444,6 +454,9 @@ def main(argv=None) -> int:
     except LawaError as error:
         note(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        note("interrupted; the sections finished before are kept")
+        return 130
     print("\n### Expected and measured\n", *(f"- {row['line']}" for row in reach(kept)), sep="\n")
     return 0
 
