@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -206,8 +207,8 @@ class Corpus:
     """data/NAME/: train.bin and val.bin, raw little-endian uint16 token ids (nanoGPT's format), described by meta.json."""
     folder: Path
     meta: dict
-    train: np.ndarray  # (tokens,) uint16, mapped
-    val: np.ndarray
+    train: np.ndarray | Shards  # (tokens,) uint16, mapped; empty where the text only serves to evaluate
+    val: np.ndarray | Shards
 
     @property
     def name(self) -> str:
@@ -217,9 +218,19 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.meta["vocab_size"]
 
-    @property
+    @functools.cached_property
     def val_bytes_per_token(self) -> float:
-        return self.meta["val_bytes"] / self.meta["val_tokens"]
+        """Bytes of text per token (an end-of-text has none); measured where meta.json does not say, nan without the tokenizer at hand."""
+        if "val_bytes" in self.meta:
+            return self.meta["val_bytes"] / self.meta["val_tokens"]
+        try:
+            tokenizer = self.tokenizer()
+        except OSError:  # tiktoken cannot download it
+            return math.nan
+        counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
+        sizes = np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(self.vocab_size)])
+        sizes[self.meta["eot_token"]] = 0
+        return float(counts @ sizes / counts.sum())
 
     @property
     def fingerprint(self) -> str:
@@ -228,10 +239,14 @@ class Corpus:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def tokenizer(self):
-        """tiktoken.Encoding: the corpus's own, or one of tiktoken's."""
+        """tiktoken.Encoding: the corpus's own, or one of tiktoken's; encode_ordinary and decode alone for a model's tokenizer.json."""
         import base64
 
         import tiktoken
+        if self.meta["tokenizer"] == "tokenizer.json":
+            from tokenizers import Tokenizer
+            own = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            return SimpleNamespace(encode_ordinary=lambda text: own.encode(text, add_special_tokens=False).ids, decode=own.decode)
         if not (self.folder / self.meta["tokenizer"]).exists():
             return tiktoken.get_encoding(self.meta["tokenizer"])
         lines = (self.folder / self.meta["tokenizer"]).read_text().splitlines()
@@ -239,18 +254,78 @@ class Corpus:
         return tiktoken.Encoding(self.name, pat_str=self.meta["pattern"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.meta["eot_token"]})
 
 
+class Shards:
+    """Mapped files one after another as one array of tokens: len, and slices and integer arrays as indices (they give copies)."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        which, tokens = np.searchsorted(self.ends, index, "right"), np.empty(index.shape, np.uint16)
+        for i in np.unique(which):
+            tokens[which == i] = self.parts[i][index[which == i] - self.ends[i] + len(self.parts[i])]
+        return tokens
+
+
+def map_tokens(path: Path) -> np.ndarray:
+    """(tokens,) uint16 of a file of nothing but tokens, or of a shard of modded-nanogpt: 256 int32 first, 20240520, 1, tokens."""
+    if not path.stat().st_size:
+        return np.empty(0, "<u2")
+    if path.stat().st_size % 2:
+        raise LawaError(f"{path} has {path.stat().st_size} bytes; expected an even number, of uint16 tokens; fetch or prepare it again")
+    header = np.fromfile(path, "<i4", 256)
+    if tuple(header[:2]) != (20240520, 1):
+        return np.memmap(path, "<u2", mode="r")
+    tokens = np.memmap(path, "<u2", mode="r", offset=1024)
+    if len(tokens) != header[2]:
+        raise LawaError(f"{path} has {len(tokens)} tokens, its header says {header[2]}; fetch it again")
+    return tokens
+
+
+def foreign_corpus(folder: Path) -> Corpus | None:
+    """Token files that others prepared: nanoGPT's train.bin and val.bin, or modded-nanogpt's *_train_*.bin and *_val_*.bin."""
+    if any(folder.glob(".partial-*")) or any(folder.glob("tokenizer.*")):  # a prepare.py of ours was killed in here
+        return None
+    splits = []
+    for split in ("train", "val"):
+        files = [folder / f"{split}.bin"] if (folder / f"{split}.bin").exists() else sorted(folder.glob(f"*_{split}_*.bin"))
+        if not files:
+            return None
+        splits.append(Shards([map_tokens(file) for file in files]) if len(files) > 1 else map_tokens(files[0]))
+    meta = {"name": folder.resolve().name, "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
+    for split, tokens in zip(("train", "val"), splits, strict=True):
+        meta |= {f"{split}_tokens": len(tokens), f"{split}_begin": hashlib.sha256(tokens[:100_000].tobytes()).hexdigest()}
+    return Corpus(folder, meta, *splits)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def open_corpus(name) -> Corpus:
-    """The corpus data/NAME/ (or any folder). Reads nothing but meta.json; LawaError with the command to run if it is not there."""
+    """The corpus data/NAME/ (or any folder), tokens mapped. LawaError with the command to run if it is not there.
+
+    Without a meta.json, nanoGPT's own token files or modded-nanogpt's shards are taken for GPT-2's tokens, and that is said on stderr.
+    """
     folder = DATA / name if (DATA / str(name)).is_dir() else Path(name)
+    if not (folder / "meta.json").exists() and (found := foreign_corpus(folder)):
+        say_once(f"{folder} has no meta.json: its {len(found.train):,} + {len(found.val):,} tokens are taken for GPT-2's")
+        return found
     if not (folder / "meta.json").exists():
         known = DATA / str(name) / "prepare.py"
         raise LawaError(f"no corpus {str(name)!r}: expected {folder / 'meta.json'}; run " + (
             f"python {known}" if known.exists() else f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"))
     meta = json.loads((folder / "meta.json").read_text())
-    splits = [np.memmap(folder / f"{split}.bin", "<u2", mode="r") for split in ("train", "val")]
+    splits = [map_tokens(folder / f"{split}.bin") for split in ("train", "val")]
     for split, tokens in zip(("train", "val"), splits, strict=True):
         if len(tokens) != meta[f"{split}_tokens"]:
-            raise LawaError(f"{folder / split}.bin has {len(tokens)} tokens, meta.json says {meta[f'{split}_tokens']}; prepare the corpus again")
+            raise LawaError(f"{folder / split}.bin has {len(tokens)} tokens, meta.json says {meta[f'{split}_tokens']}; "
+                            "prepare the corpus again")
     return Corpus(folder, meta, *splits)
 
 
@@ -280,7 +355,7 @@ class Config:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no clipping")
     ckpt_interval: int = option(20, "steps between checkpoints")
     seed: int = option(0, "of the initial weights and of the batches")
-    averages: str = option("", 'kept while training, each a trajectory of its own in the run folder: "ema(0.99); swa(start=500); lawa(5, 20)"')
+    averages: str = option("", 'kept while training, each as a trajectory in the run folder: "ema(0.99); swa(start=500); lawa(5, 20)"')
     burst_at: int = option(0, "step at which a burst of too high a rate begins, to provoke a loss spike")
     burst_iters: int = option(0, "its length in steps; 0: no burst")
     burst_factor: float = option(1.0, "the rate is multiplied by this meanwhile")
@@ -395,16 +470,19 @@ COLUMNS = ("step", "tokens", "lr", "loss", "grad_norm")  # of metrics.csv: loss 
 READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
 
 
-def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None, compile: bool | None = None, eval_interval: int = 0,
-          state_seconds: float = 30, keep=None, disk_budget: float = math.inf, progress=None) -> Path:
+def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None, compile: bool | None = None,
+          eval_interval: int = 0, state_seconds: float = 30, keep=None, disk_budget: float = math.inf, progress=None) -> Path:
     """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
 
-    The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), a trajectory per average, resume.pt while unfinished,
-    and summary.json once finished. What does not change the numbers: out_dir (default: named by the configuration's hash); device; threads (an
-    interrupted run keeps its own); compile (default: on CUDA); eval_interval, steps between validation losses in val.csv (0: none); state_seconds,
-    at most so much work is lost to a kill, rounded up to a checkpoint; keep, a scheme: only checkpoints that its windows need are written, for as
-    many targets as fit disk_budget (bytes); progress, called with (step, max_iters, loss).
-    Under torchrun every rank calls this; the batches are one process's, cut in `world` parts, and rank 0 writes.
+    The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), a trajectory per average, resume.pt while
+    unfinished, and summary.json once finished. Under torchrun every rank calls this; the batches are one process's, cut in equal parts, and
+    rank 0 writes. Args: config; what does not change its numbers:
+        out_dir: default named by the configuration's hash; device; compile: default on CUDA
+        threads: an interrupted run keeps its own
+        eval_interval: steps between validation losses in val.csv; 0: none
+        state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
+        keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
+        progress: called with (step, max_iters, loss)
     Errors: LawaError for a bad configuration, a missing corpus, a loss that is not finite, a full disk; the last good state is kept.
     Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
     """
@@ -446,14 +524,14 @@ def _ranks(device: str):
 
 
 def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set[int]:
-    """The steps whose checkpoints are written: all, or those that the scheme `keep` needs at as many evenly spaced targets as fit the budget."""
+    """The steps whose checkpoints are written: all, or what the scheme `keep` needs at as many evenly spaced targets as fit the budget."""
     steps, size = config.checkpoint_steps, checkpoint_bytes(config, vocab_size)
     for stride in range(1, len(steps) + 1):
         targets = steps[::-1][::stride]  # the last checkpoint always
         needed = set(targets).union(*(lawa_core.row(keep, steps, target) for target in targets)) if keep else set(targets)
         if len(needed) * size <= disk_budget or (keep is None and disk_budget == math.inf):
             return needed
-    raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of {size:,} bytes, got {disk_budget:,.0f} bytes")
+    raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of {size:,} bytes, got {disk_budget:,.0f}")
 
 
 def _claim(folder: Path, config: Config) -> None:
@@ -461,7 +539,8 @@ def _claim(folder: Path, config: Config) -> None:
     described = dataclasses.asdict(config) | {"tokens_per_step": config.tokens_per_step}
     if (folder / "config.json").exists():
         found = json.loads((folder / "config.json").read_text())
-        changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found if found.get(key) != described.get(key)]
+        changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found
+                   if found.get(key) != described.get(key)]
         if changed:
             raise LawaError(f"{folder} holds a run of another configuration ({', '.join(changed)}); choose another --out_dir")
         return
@@ -505,6 +584,9 @@ class _Behind:
         last, self.last = self.last, None
         return last and last.result()
 
+    def close(self) -> None:
+        self.pool.shutdown()
+
 
 class _Run:
     """One run in progress: model, optimizer, averages, and how many steps are done."""
@@ -518,8 +600,9 @@ class _Run:
         self.model = GPT(preset(config.preset, corpus.vocab_size), config.seed).to(device)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                           lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type in ("cuda", "cpu"))
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type in ("cuda", "cpu"))
         self.averages = {text: ONLINE[type(scheme)](self.model, scheme) for text, scheme in config.online.items()}
         if saved:
             self._restore(saved)
@@ -539,7 +622,8 @@ class _Run:
 
     def save_state(self) -> None:
         self.writer.wait()  # one copy in memory at a time
-        state = {"step": self.done, "threads": torch.get_num_threads(), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"step": self.done, "threads": torch.get_num_threads(), "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(),
                  "averages": {text: average.state_dict() for text, average in self.averages.items()}}
         self.writer.start(lawa_core.save, self.folder / "resume.pt", _on_cpu(state))
 
@@ -593,7 +677,11 @@ class _Run:
                     self._look(caught, eval_interval, state_seconds, progress)
                 self.writer.wait()
             except OSError as error:
-                raise LawaError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its last state") from None
+                raise LawaError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
+                                "last state") from None
+            finally:
+                self.loader.close()
+                self.writer.close()
         if self.rank == 0:
             self._summarize(first, time.monotonic() - begun)
 
@@ -616,7 +704,8 @@ class _Run:
 
     def _flush(self, stop: bool, progress) -> bool:
         """Read and write the pending losses, the mean over ranks; returns whether any rank was told to stop."""
-        numbers = torch.stack([torch.stack([loss, norm]) for *_, loss, norm in self.pending] + [torch.full((2,), float(stop), device=self.device)]).double()
+        told = torch.full((2,), float(stop), device=self.device)
+        numbers = torch.stack([*(torch.stack([loss, norm]) for *_, loss, norm in self.pending), told])
         if self.world > 1:
             torch.distributed.all_reduce(numbers)
             numbers /= self.world
@@ -625,8 +714,8 @@ class _Run:
         self.pending.clear()
         for step, _, lr, loss, norm in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise LawaError(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step} (learning rate {lr:.2e}); lower the rate; "
-                                "the checkpoints and the state before are kept")
+                raise LawaError(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step} (learning rate {lr:.2e}); "
+                                "lower the rate; the checkpoints and the state before are kept")
         self.metrics.write(rows)
         if progress and rows and self.rank == 0:
             progress(self.done, self.config.max_iters, rows[-1][3])
@@ -682,26 +771,29 @@ def _signals():
 def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path]:
     """Train the runs that are not finished, `jobs` processes at a time sharing the cores, and return all run folders, in order.
 
-    jobs: default $LAWA_JOBS, else one per core on a CPU (small models use one core best), one on a GPU. Prints a line with rate and time left
-    every `every` seconds. Errors: LawaError that names each failed run and its message, once all others are done. Interrupted, the runs save
-    their state.
+    jobs: default $LAWA_JOBS, else one per core on a CPU (small models use one core best), one on a GPU. Prints a line with rate and time
+    left every `every` seconds. Errors: LawaError that names each failed run and its message, once all others are done. Interrupted, the
+    runs save their state.
     """
     folders = {run_dir(config): config for config in configs}
     missing = {folder: config for folder, config in folders.items() if not (folder / "summary.json").exists()}
-    cores, jobs = os.cpu_count() or 1, jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else os.cpu_count() or 1)
-    jobs = min(jobs, max(len(missing), 1))
+    cores = os.cpu_count() or 1
+    jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores)
+    threads = str(max(cores // min(jobs, max(len(missing), 1)), 1))
     report, running, failed = _Report(missing, every), {}, []
     try:
         while missing or running:
             while missing and len(running) < jobs:
                 folder = next(iter(missing))
-                command = [sys.executable, str(ROOT / "model.py"), "train", *flags(missing.pop(folder)), "--out_dir", str(folder), "--threads", str(max(cores // jobs, 1))]
-                running[folder] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                command = [sys.executable, str(ROOT / "model.py"), "train", *flags(missing.pop(folder))]
+                running[folder] = subprocess.Popen([*command, "--out_dir", str(folder), "--threads", threads],
+                                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             time.sleep(0.1)
             for folder, process in [(f, p) for f, p in running.items() if p.poll() is not None]:
                 del running[folder]
                 if process.returncode:
-                    failed.append(f"{folder.name}: {(process.stderr.read().strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
+                    message = (process.stderr.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+                    failed.append(f"{folder.name}: {message.removeprefix('error: ')}")
             report(len(missing) + len(running))
     finally:
         for process in running.values():
@@ -728,8 +820,9 @@ class _Report:
         if self.runs and (now - self.told >= self.every or not unfinished):
             self.told, done = now, self._done()
             rate = (done - self.first) / (now - self.begun)
-            print(f"training: {len(self.runs) - unfinished} of {len(self.runs)} runs, {done:,} of {self.total:,} steps, {rate:.1f} steps/s, "
-                  f"{(self.total - done) / max(rate, 1e-9):.0f} s left", flush=True)
+            left = f"{(self.total - done) / rate:.0f} s left" if rate else "starting"
+            print(f"training: {len(self.runs) - unfinished} of {len(self.runs)} runs, {done:,} of {self.total:,} steps, "
+                  f"{rate:.1f} steps/s, {left}", flush=True)
 
 
 def steps_done(folder: Path) -> int:
@@ -761,7 +854,7 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
     block, device, training = model.config.block_size, next(model.parameters()).device, model.training
     n_blocks = min(n_blocks, (len(corpus.val) - 1) // block)
     if n_blocks < 1:
-        raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens and 1 block or more is needed; expected more than one block of {block}")
+        raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than {block}, and n_blocks of at least 1")
     starts = np.linspace(0, len(corpus.val) - block - 1, n_blocks).astype(np.int64)
     tokens = torch.from_numpy(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64))
     model.eval()
@@ -775,13 +868,13 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
     return torch.cat(losses).numpy()
 
 
-def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *, model: GPT | None = None, corpus: Corpus | None = None,
-                        every: float = 5.0) -> list[dict]:
+def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *, model: GPT | None = None,
+                        corpus: Corpus | None = None, every: float = 5.0) -> list[dict]:
     """Losses of a run and of averages along it, each checkpoint read once; kept in eval.csv beside the run, so nothing is evaluated twice.
 
-    Args: run: run folder, or any trajectory if `model` (of its shape; its weights are overwritten) and `corpus` are given; schemes: {label: scheme},
-    or the text of an average kept while training; at: target steps, default all checkpoints; n_blocks: validation blocks; every: seconds between
-    lines of progress.
+    Args: run: run folder, or any trajectory if `model` (of its shape; its weights are overwritten) and `corpus` are given; schemes:
+    {label: scheme, or the text of an average kept while training}; at: target steps, default all checkpoints; n_blocks: validation blocks;
+    every: seconds between lines of progress.
     Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se", "n_blocks"}: loss in nats per token with its
     standard error over blocks, bpb in bits per byte of text, gain = run minus average on the same blocks (positive is good). The run itself
     is the scheme "run".
@@ -805,13 +898,14 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         if time.monotonic() - told > every:
             told, total = time.monotonic(), len(missing) * len(wanted)
             rate = done / (told - begun)
-            print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f} models/s, {(total - done) / rate:.0f} s left", flush=True)
+            print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f}/s, {(total - done) / rate:.0f} s left", flush=True)
             cache.write()
     if missing:
         cache.write()
     scale = 1 / math.log(2) / corpus.val_bytes_per_token
-    return [{"run": trajectory.name, "step": step, "scheme": name, "n_blocks": n_blocks, **(values := cache.get(step, scheme)), "bpb": values["loss"] * scale}
-            for step in at for name, scheme in schemes.items()]
+    found = [(step, name, cache.get(step, scheme)) for step in at for name, scheme in schemes.items()]
+    return [{"run": trajectory.name, "step": step, "scheme": name, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
+            for step, name, values in found]
 
 
 def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterator[tuple[int, str, dict]]:
@@ -832,7 +926,8 @@ class _Cache:
         self.path, self.n_blocks, self.rows = path, n_blocks, {}
         if path and path.exists():
             with open(path, newline="") as file:
-                self.rows = {(int(row["step"]), row["scheme"], int(row["n_blocks"])): {name: float(row[name]) for name in VALUES} for row in csv.DictReader(file)}
+                self.rows = {(int(row["step"]), row["scheme"], int(row["n_blocks"])): {name: float(row[name]) for name in VALUES}
+                             for row in csv.DictReader(file)}
 
     def get(self, step: int, scheme) -> dict | None:
         return self.rows.get((step, str(scheme), self.n_blocks))
@@ -855,23 +950,25 @@ class _Cache:
 
 # ---- 7. Scales ----------------------------------------------------------------------------------------------------------------------
 
-# One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The gpt2 scales are the paper's settings with the batch
-# re-cut for one GPU (same tokens per step); the paper does not give its spacing, so those three are ours.
+# One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The gpt2 scales are the paper's settings
+# with the batch re-cut for one GPU (same tokens per step); the paper does not give its spacing, so those three are ours.
 _OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512, "averages": "ema(0.9); ema(0.999)"}
 _PAPER = {**_OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
 SCALES = {
-    "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 300, "batch_size": 8, "warmup_iters": 30, "ckpt_interval": 10, "seeds": "0,1",
-              "k": 5, "spacing": 10, "n_blocks": 128, "averages": "ema(0.9); ema(0.98)"},
-    "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100, "ckpt_interval": 20,
-               "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 128, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
-    "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "batch_size": 32, "accumulation": 4, "warmup_iters": 300,
-                 "ckpt_interval": 100, "spacing": 100},
-    "gpt2-small": {**_PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200, "spacing": 1000},
-    "gpt2-medium": {**_PAPER, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12, "accumulation": 12, "ckpt_interval": 2000, "spacing": 2000},
-    "gpt2-large": {**_PAPER, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "accumulation": 6, "ckpt_interval": 1000, "spacing": 1000,
-                   "min_lr_frac": 0.005},
+    "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8, "warmup_iters": 40, "ckpt_interval": 10,
+              "seeds": "0,1", "k": 3, "spacing": 10, "n_blocks": 64, "averages": "ema(0.9); ema(0.98)"},
+    "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100,
+               "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 64, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
+    "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "warmup_iters": 300, "batch_size": 32,
+                 "accumulation": 4, "ckpt_interval": 100, "spacing": 100},
+    "gpt2-small": {**_PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200,
+                   "spacing": 1000},
+    "gpt2-medium": {**_PAPER, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12, "accumulation": 12, "ckpt_interval": 2000,
+                    "spacing": 2000},
+    "gpt2-large": {**_PAPER, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "accumulation": 6, "ckpt_interval": 1000,
+                   "spacing": 1000, "min_lr_frac": 0.005},
 }
-DEVICES = {  # sustained FLOP/s and memory in GB: for GPUs 40% of the dense bf16 peak on the maker's data sheet, for CPU cores as measured here
+DEVICES = {  # sustained FLOP/s and memory in GB: for GPUs 40% of the dense bf16 peak on the maker's data sheet, for CPU cores measured
     "two CPU cores": (60e9, 16), "RTX 4090": (66e12, 24), "A100": (125e12, 80), "H100": (396e12, 80)}
 
 
@@ -903,24 +1000,26 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
 def cost(config: Config, vocab_size: int = 50_257, keep=None, disk_budget: float = math.inf) -> dict:
     """What a run takes: parameters, tokens, FLOPs (6 per parameter and token, attention 12 L C T per token: PaLM's count), bytes by part.
 
-    Activations: 34 bytes per token, layer and unit of width in bf16 (arXiv 2205.05198, without attention scores), twice that in fp32, and the logits
-    with their gradient.
+    Activations: 34 bytes per token, layer and unit of width in bf16 (arXiv 2205.05198, without attention scores), twice that in fp32, and
+    the logits with their gradient.
     """
     shape, (every, counted) = preset(config.preset, vocab_size), _parameters(preset(config.preset, vocab_size))
     tokens = config.tokens_per_step * (config.max_iters - config.init_step)
+    copies = {lawa_core.ema: 1, lawa_core.swa: 2, lawa_core.lawa: 0}  # in float32; SWA sums in double, LAWA's window lies on the CPU
     wide, micro = 1 if config.dtype == "bf16" else 2, config.batch_size * shape.block_size
     memory = {"weights": 4 * every, "gradients": 4 * every, "AdamW": 8 * every,
-              "averages": sum(4 * every * (2 if isinstance(s, lawa_core.swa) else 1) for s in config.online.values() if not isinstance(s, lawa_core.lawa)),
+              "averages": sum(4 * every * copies[type(scheme)] for scheme in config.online.values()),
               "activations": micro * shape.n_layer * shape.n_embd * 34 * wide, "logits": micro * shape.vocab_size * (4 + 4 * wide)}
-    return {"parameters": counted, "tokens": tokens, "flops": tokens * (6 * counted + 12 * shape.n_layer * shape.n_embd * shape.block_size), "memory": memory,
-            "checkpoint_bytes": checkpoint_bytes(config, vocab_size) * len(kept_steps(config, vocab_size, keep, disk_budget))}
+    flops = tokens * (6 * counted + 12 * shape.n_layer * shape.n_embd * shape.block_size)
+    disk = checkpoint_bytes(config, vocab_size) * len(kept_steps(config, vocab_size, keep, disk_budget))
+    return {"parameters": counted, "tokens": tokens, "flops": flops, "memory": memory, "checkpoint_bytes": disk}
 
 
 def plan(configs, keep=None, disk_budget: float = math.inf) -> str:
     """A few lines: what the runs take, time on common devices, and whether disk and memory suffice here. Other arguments as for `train`."""
     device = pick_device()
     configs = [config.resolved(device) for config in configs]
-    sizes = {name: open_corpus(name).vocab_size if _is_corpus(name) else 50_257 for name in {config.corpus for config in configs}}
+    sizes = {name: _vocab_size(name) for name in {config.corpus for config in configs}}
     costs = [cost(config, sizes[config.corpus], keep, disk_budget) for config in configs]
     flops, disk = sum(c["flops"] for c in costs), sum(c["checkpoint_bytes"] for c in costs)
     parts = max((c["memory"] for c in costs), key=lambda parts: sum(parts.values()))
@@ -929,17 +1028,20 @@ def plan(configs, keep=None, disk_budget: float = math.inf) -> str:
     times = [f"{_duration(flops / rate)} on {name} at {rate / 1e12:g} TFLOP/s{' (too small)' if memory > size * 1e9 else ''}"
              for name, (rate, size) in DEVICES.items()]
     return "\n".join([
-        f"{len(costs)} run{'s' * (len(costs) > 1)}: up to {max(c['parameters'] for c in costs) / 1e6:.2f}M parameters in {configs[0].dtype}, "
-        f"{sum(c['tokens'] for c in costs) / 1e6:,.1f}M tokens, {flops:.2e} FLOPs in all",
+        f"{len(costs)} run{'s' * (len(costs) > 1)}: up to {max(c['parameters'] for c in costs) / 1e6:.2f}M parameters in "
+        f"{configs[0].dtype}, {sum(c['tokens'] for c in costs) / 1e6:,.1f}M tokens, {flops:.2e} FLOPs in all",
         f"time: about {', '.join(times)}",
         f"disk: {disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.0f} GB free: "
         f"{'enough' if disk < free else 'NOT ENOUGH; raise ckpt_interval, or set disk_budget and keep'}",
         f"memory: {memory / 1e9:.2f} GB ({', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items() if size)}), "
-        f"{there / 1e9:.0f} GB on this {device.type}: {'enough' if memory < there else 'NOT ENOUGH; lower batch_size, raise accumulation'}"])
+        f"{there / 1e9:.0f} GB on this {device.type}: {'enough' if memory < there else 'NOT ENOUGH; lower batch_size'}"])
 
 
-def _is_corpus(name: str) -> bool:
-    return any((folder / "meta.json").exists() for folder in (DATA / name, Path(name)))
+def _vocab_size(corpus: str) -> int:
+    try:
+        return open_corpus(corpus).vocab_size
+    except LawaError:  # not prepared yet: GPT-2's
+        return 50_257
 
 
 def _duration(seconds: float) -> str:
@@ -990,12 +1092,13 @@ def _parser() -> argparse.ArgumentParser:
     style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("model.py", description="Train and sample small and large GPTs.", **style)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train a run, or go on with it"), ("plan", "print what a run would take and whether it fits here; runs nothing")):
+    for name, text in (("train", "train a run, or go on with it"), ("plan", "print what a run would take, and whether it fits here")):
         sub = commands.add_parser(name, help=text, description=text, **style)
         sub.add_argument("--scale", help=f"start from the values of {', '.join(SCALES)}")
         for f in dataclasses.fields(Config):
             sub.add_argument(f"--{f.name}", type=type(f.default), help=f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%"))
-        sub.add_argument("--keep", help='write only the checkpoints that this scheme needs, e.g. "lawa(k=5, spacing=200)", for as many targets as fit --disk_budget')
+        sub.add_argument("--keep", help='write only checkpoints that this scheme needs, e.g. "lawa(k=5, spacing=200)", for as many targets '
+                         "as fit --disk_budget")
         sub.add_argument("--disk_budget", type=float, help="GB that this run's checkpoints may take (default: no limit)")
         if name == "train":
             for flag, kind, default, help in TRAIN:
@@ -1035,6 +1138,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
         return 130
+    except SystemExit:
+        print("terminated, state saved; the same command goes on", file=sys.stderr)
+        raise
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) else 1
