@@ -203,8 +203,9 @@ def launch(commands) -> float:
     try:
         errors = [process.communicate()[1] for process in running]
     finally:
-        for process in running:
+        for process in running:  # still there only after an error or an interrupt
             process.terminate()
+            process.wait()
     for process, error in zip(running, errors, strict=True):
         if process.returncode:
             raise LawaError(f"a training process ended with {process.returncode}: {(error.strip().splitlines() or ['no message'])[-1]}")
