@@ -22,7 +22,7 @@ import lawa_core
 from lawa_core import LawaError
 
 IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # names a kernel brings along
-MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # so that curves tell apart in black and white
+MARKERS, DASHES = tuple("os^Dv"), ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # so that curves tell apart in black and white
 
 
 class Lab:
@@ -59,10 +59,10 @@ class Lab:
         self.figures, self.verdicts, self.planned = [], [], set()
         _style()
 
-    def points(self, n: int = 20) -> list[int]:
-        """About n checkpoint steps, evenly spread over the run: where losses are evaluated."""
-        steps = self.config.checkpoint_steps
-        return sorted({min(steps, key=lambda step: abs(step - self.config.max_iters * i / n)) for i in range(1, n + 1)})
+    def points(self, n: int = 20, config=None) -> list[int]:
+        """About n checkpoint steps, evenly spread over a run, by default the scale's: where losses are evaluated."""
+        config = config or self.config
+        return sorted({min(config.checkpoint_steps, key=lambda step: abs(step - config.max_iters * i / n)) for i in range(1, n + 1)})
 
     def evaluate(self, configs, schemes, at, fields=("lr", "seed")) -> list[dict]:
         """Train what is not trained, evaluate run and averages; rows of `model.evaluate_trajectory` with the configurations' `fields`.

@@ -59,8 +59,10 @@ class GPTConfig:
 
 
 PRESETS = {  # name: layers, heads, width, block size; parameters without embeddings are 12 * layers * width^2
+    "pico": (2, 2, 32, 64),  # 0.02M
     "nano": (2, 2, 64, 64),  # 0.1M, for tests and smoke
     "micro": (2, 4, 128, 128),  # 0.4M
+    "milli": (3, 4, 192, 128),  # 1.3M
     "mini": (4, 4, 256, 128),  # 3M
     "midi": (6, 6, 384, 256),  # 11M
     "gpt2-small": (12, 12, 768, 1024),  # 85M; the paper's three sizes
