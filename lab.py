@@ -37,7 +37,7 @@ class Lab:
         import model
         known = namespace.get("__annotations__") or namespace["__annotate__"](1)  # Python 3.14 keeps them in a function
         given = {key: namespace[key] for key in known}
-        again = any(isinstance(value, Lab) for value in namespace.values())  # the cell is run anew, after cells that made names of their own
+        again = any(isinstance(value, Lab) for value in namespace.values())  # run anew, after cells that made names of their own
         strange = [key for key, value in namespace.items() if not again and key not in known and key not in IPYTHON and key[0] != "_"
                    and isinstance(value, (int, float, str, list, dict))]
         problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key in strange]
@@ -147,7 +147,7 @@ def grid(rows: list[dict], column: str, **axes) -> np.ndarray:
 
 
 def chosen_elsewhere(values) -> list[int]:
-    """For each seed the candidate that is best on the mean of the *other* seeds, so that what is chosen was not chosen by the runs it is reported on.
+    """For each seed the candidate that is best on the mean of the *other* seeds, so no run chooses for itself.
 
     values: (candidates, seeds), higher is better, nan where a candidate does not exist. A single seed chooses for itself.
     """
