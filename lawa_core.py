@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import io
 import json
 import math
 import os
@@ -996,22 +995,23 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads
              for (path, target), weights in zip(outputs.items(), rows, strict=True)]
     like = Path(like or opened[max(opened)].path)
     _refuse(sinks, trajectory, like)
-    job = _Job(opened, np.array([[weights.get(step, 0.0) for step in opened] for weights in rows]), entries, sinks, tile, allow)
+    width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // BLOCK, 1) * BLOCK  # values per tile, in whole blocks
+    matrix = np.array([[weights.get(step, 0.0) for step in opened] for weights in rows])
+    journal, written = sinks[0].part.with_suffix(".journal"), sum(sink.nbytes for sink in sinks)
     try:
-        job.run(threads or os.cpu_count() or 1, progress)
+        _stream(opened, matrix, entries, sinks, width, allow, threads or os.cpu_count() or 1, progress, journal)
         for sink in sinks:
             sink.finish(like, dtype or next((e.dtype for e in entries.values() if e.dtype in FLOATS), "F32"))
     except KeyboardInterrupt:
         raise  # what is written stays under its hidden name for the next call
     except BaseException as error:
-        job.discard()
+        _remove(journal, *(sink.part for sink in sinks))
         if isinstance(error, OSError):
-            raise JobFailed(f"cannot write {sinks[0].path}: {error.strerror}; {sum(s.nbytes for s in sinks):,} bytes are needed") from None
+            raise JobFailed(f"cannot write {sinks[0].path}: {error.strerror}; {written:,} bytes are needed") from None
         raise
-    job.journal.unlink(missing_ok=True)
-    return {"outputs": [{"path": str(sink.path), "bytes": sink.nbytes, **sink.provenance} for sink in sinks],
-            "bytes_read": sum(checkpoint.nbytes for checkpoint in opened.values()), "bytes_written": sum(sink.nbytes for sink in sinks),
-            "seconds": round(time.perf_counter() - begun, 3)}
+    _remove(journal)
+    return {"outputs": [{"path": str(sink.path), "bytes": sink.nbytes, **sink.provenance} for sink in sinks], "bytes_written": written,
+            "bytes_read": sum(checkpoint.nbytes for checkpoint in opened.values()), "seconds": round(time.perf_counter() - begun, 3)}
 
 
 def sweep_files(source, schemes: Mapping[str, Callable], at, out_dir, **options) -> dict:
@@ -1041,55 +1041,43 @@ def _refuse(sinks: list[_Output], trajectory: Trajectory, like: Path) -> None:
         raise JobFailed(f"disk full: {need:,} bytes are needed in {parent}, {free:,} are free")
 
 
-class _Job:
-    """The tiles of all tensors, mixed by threads: each tile of every checkpoint read once, each tile of every output written once.
+def _stream(opened, rows: np.ndarray, entries, sinks: list[_Output], width: int, allow, threads: int, progress, journal: Path) -> None:
+    """Mix the tiles of all tensors on threads: each tile of every checkpoint is read once, each tile of every output written once.
 
-    A journal beside the first output counts the tiles on disk, at most once a second, so that a killed job goes on where it was.
+    The journal counts the tiles on disk, at most once a second, so that the very same job, if it was killed, goes on where it was.
     """
+    tiles, problems, noted = _tiles(entries, width), set(), time.monotonic()
+    sizes = [(stop - start) * sum(itemsize(c.entry(name).dtype) for c in opened.values()) for name, start, stop in tiles]  # bytes read
+    plan = hashlib.sha256(repr((width, rows.tolist(), sorted(allow), [(sink.path, sink.headers) for sink in sinks],
+                                [(c.files(), c.sample) for c in opened.values()])).encode()).hexdigest()
+    first, total = 0, sum(sizes)
+    with contextlib.suppress(OSError, ValueError):
+        noted_plan, number = json.loads(journal.read_text())
+        if noted_plan == plan and all(file.stat().st_size == size for sink in sinks for file, (_, size) in sink.headers.items()):
+            first = number
+    done, mix_one = sum(sizes[:first]), functools.partial(_mix_tile, opened, rows, entries, lambda m, *mixed: sinks[m].write(*mixed), allow)
+    with contextlib.ExitStack() as stack:
+        for sink in sinks:
+            sink.open(stack, fresh=first == 0)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for number, found in enumerate(pool.map(mix_one, tiles[first:]), first + 1):
+            problems.update(found)
+            done += sizes[number - 1]
+            if progress:
+                progress(done, total)
+            if time.monotonic() - noted > 1 and not problems:
+                noted = time.monotonic()
+                with replacing(journal) as part:
+                    part.write_text(json.dumps([plan, number]))
+    if problems:
+        raise LawaError("; ".join(sorted(problems)))
 
-    def __init__(self, opened: Mapping[int, Checkpoint], rows: np.ndarray, entries: Mapping[str, Entry], sinks: list[_Output], tile, allow):
-        width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // BLOCK, 1) * BLOCK  # values, in whole blocks
-        self.tiles, self.sinks = _tiles(entries, width), sinks
-        self.bytes = {name: sum(itemsize(c.entry(name).dtype) for c in opened.values()) for name in entries}  # read per value
-        self.mix = functools.partial(_mix_tile, opened, rows, entries, lambda m, *mixed: sinks[m].write(*mixed), allow)
-        self.journal = sinks[0].path.parent / f".{sinks[0].path.name}.journal"
-        plan = width, rows.tolist(), [(s.path, s.headers) for s in sinks], [(c.files(), c.sample) for c in opened.values()], sorted(allow)
-        self.plan = hashlib.sha256(repr(plan).encode()).hexdigest()
 
-    def run(self, threads: int, progress) -> None:
-        first, noted, problems = self._resumed(), time.monotonic(), set()
-        sizes = [(stop - start) * self.bytes[name] for name, start, stop in self.tiles]
-        done, total = sum(sizes[:first]), sum(sizes)
-        with contextlib.ExitStack() as stack:
-            for sink in self.sinks:
-                sink.open(stack, fresh=first == 0)
-            pool = stack.enter_context(ThreadPoolExecutor(threads))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            for number, found in enumerate(pool.map(self.mix, self.tiles[first:]), first + 1):
-                problems.update(found)
-                done += sizes[number - 1]
-                if progress:
-                    progress(done, total)
-                if time.monotonic() - noted > 1 and not problems:
-                    noted = time.monotonic()
-                    with replacing(self.journal) as part:
-                        part.write_text(json.dumps([self.plan, number]))
-        if problems:
-            raise LawaError("; ".join(sorted(problems)))
-
-    def _resumed(self) -> int:
-        """Tiles that an earlier, killed run of the very same job left on disk."""
-        with contextlib.suppress(OSError, ValueError):
-            plan, number = json.loads(self.journal.read_text())
-            if plan == self.plan and all(file.stat().st_size == size for s in self.sinks for file, (_, size) in s.headers.items()):
-                return number
-        return 0
-
-    def discard(self) -> None:
-        for sink in self.sinks:
-            sink.discard()
+def _remove(*paths: Path) -> None:
+    for path in paths:
         with contextlib.suppress(OSError):
-            self.journal.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class _Output:
@@ -1132,7 +1120,7 @@ class _Output:
             save(self.path, state | {alias: state[kept] for alias, kept in whole.aliases.items()})
             with replacing(_sidecar(self.path)) as part:
                 part.write_text(json.dumps(self.provenance, indent=1))
-            return self.discard()
+            return _remove(self.part)
         os.replace(self.part, self.path)
 
     def _complete_folder(self, like: Path, dtype: str) -> None:
@@ -1145,10 +1133,6 @@ class _Output:
             fields = json.loads(config.read_text())
             names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
             config.write_text(json.dumps(fields | dict.fromkeys(names, DTYPES[dtype][1]), indent=2))
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self.part) if self.part.is_dir() else self.part.unlink()
 
 
 def _shards(entries: Mapping[str, Entry], max_shard: int) -> dict[str, dict[str, Entry]]:
@@ -1250,9 +1234,10 @@ class _Online:
         return {name: tensor for name, tensor in live.items() if first[name] == name}
 
     def update(self, step: int) -> None:
-        """Call after every optimizer.step() with the number of steps done; steps before `start` or off the grid are ignored."""
-        if step >= self.start and (step - self.start) % self.every == 0:
+        """Call after every optimizer.step() with the number of steps done; steps before `start`, off the grid or taken are ignored."""
+        if step >= self.start and (step - self.start) % self.every == 0 and step > self.held.get("step", -1):
             self._take(step, self._live())
+            self.held["step"] = step
 
     def average(self, *which) -> dict:
         """{name: fresh tensor} under the names of the model's state_dict(), in the model's dtypes; an EMA of several takes the beta."""
@@ -1311,7 +1296,7 @@ class LAWA(_Online):
     def _take(self, step, live):
         import torch
         window, oldest = self.held["window"], {}
-        while len(window) >= self.k and step not in window:
+        while len(window) >= self.k:
             oldest = window.pop(gone := min(window))
             if self.folder:
                 (self.folder / checkpoint_name(gone)).unlink(missing_ok=True)

@@ -94,7 +94,7 @@ def test_hugging_face_trainer(tmp_path):
 def test_lightning(make, batches, tmp_path):
     """Validation sees the average; resumed in the middle equals uninterrupted."""
     lightning = pytest.importorskip("lightning")
-    callback, seen = recipe("Lightning")["Averaging"], []
+    callback, seen, states = recipe("Lightning")["Averaging"], [], {}
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -103,6 +103,9 @@ def test_lightning(make, batches, tmp_path):
 
         def training_step(self, batch, _):
             return self.net(**batch)["loss"]
+
+        def on_train_batch_end(self, *_):
+            states[self.global_step] = {n: t.clone() for n, t in self.state_dict().items()}
 
         def validation_step(self, batch, _):
             seen.append(self.net.layer.weight.detach().clone())
@@ -120,6 +123,8 @@ def test_lightning(make, batches, tmp_path):
     whole = callback(make)
     _, module = fit(whole, 16)
     want = ref.state_bits(whole.online.average())
+    if isinstance(whole.online, SWA):
+        ref.assert_state(whole.online.average(), mean(states, range(1, 17)))
     assert ref.bits(seen[-1]) == want["net.layer.weight"] != ref.bits(module.net.layer.weight)
     trainer, _ = fit(callback(make), 8)
     trainer.save_checkpoint(tmp_path / "step=8.ckpt")
