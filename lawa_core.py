@@ -261,8 +261,9 @@ def _open_torch(path: Path, key: str | None) -> Checkpoint:
             blob = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run code; save the state dict alone" if unsafe else
-                        f"{path}: not a readable torch checkpoint ({(str(error) or 'empty').splitlines()[0]}); copy it again") from None
+        raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run code; save the state dict alone"
+                        if unsafe else f"{path}: not a readable torch checkpoint "
+                        f"({(str(error) or 'empty').splitlines()[0]}); copy it again") from None
     if not isinstance(blob, Mapping) or (key and not isinstance(blob.get(key), Mapping)):
         raise LawaError(f"{path} holds {', '.join(map(str, blob))[:200] if isinstance(blob, Mapping) else type(blob).__name__}; "
                         f"expected a state dict{f' under {key!r}' if key else ''}")
@@ -316,11 +317,11 @@ def _open_sharded(folder: Path, index: str, key: str | None) -> Checkpoint:
     if missing:
         raise LawaError(f"{folder}: missing shard {', '.join(missing)}, named in {index}; fetch it again")
     shards = {shard: _open(folder / shard, key) for shard in names}
-    stale = [name for name, shard in places.items() if name not in shards[shard]] + [n for s in shards.values() for n in s if n not in places]
-    if stale:
+    if stale := [*(name for name, shard in places.items() if name not in shards[shard]),
+                 *(n for s in shards.values() for n in s if n not in places)]:
         raise LawaError(f"{folder / index} is stale: {stale[0]} is not where it says; write the index again")
-    merged = [functools.reduce(lambda a, b: {**b, **a}, (getattr(s, part) for s in shards.values())) for part in ("entries", "aliases", "metadata")]
-    return Checkpoint(folder, *merged)
+    return Checkpoint(folder, *({name: value for shard in shards.values() for name, value in getattr(shard, part).items()}
+                                for part in ("entries", "aliases", "metadata")))
 
 
 def _open_distributed(folder: Path, key: str | None) -> Checkpoint:
@@ -365,7 +366,8 @@ def _open_distributed(folder: Path, key: str | None) -> Checkpoint:
 
     def entry(name):
         info = tensors[name]
-        return Entry(_code(info.properties.dtype, folder), tuple(info.size), str(folder), functools.partial(read, name), functools.partial(peek, name))
+        readers = functools.partial(read, name), functools.partial(peek, name)
+        return Entry(_code(info.properties.dtype, folder), tuple(info.size), str(folder), *readers)
     under = key or next((name for name in NESTED if any(place[0] == name and len(place) > 1 for place in places.values())), None)
     return Checkpoint(folder, {".".join(place[1:] if under else place): entry(name) for name, place in places.items()
                                if under in (None, place[0])})
@@ -563,7 +565,7 @@ def _mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[str]:
 
 
 def _identical(opened: Mapping[int, Checkpoint], tile: int = 1 << 20) -> Iterator[tuple[Checkpoint, Checkpoint]]:
-    """Pairs of byte-identical checkpoints, as on the Hub's mislabelled Pythia branches. Only those with equal samples are compared whole."""
+    """Pairs of byte-identical checkpoints, as on the Hub's mislabelled Pythia branches. Those with equal samples are compared whole."""
     first: dict[str, Checkpoint] = {}
     for b in opened.values():
         a = first.setdefault(b.sample, b)
@@ -616,7 +618,7 @@ class newest:
 
 @dataclass(frozen=True)
 class lawa:
-    """Latest weight averaging: the mean of the k latest checkpoints at, at - spacing, ... not before `start` (arXiv 2306.03241; 2209.14981).
+    """Latest weight averaging: mean of the k latest checkpoints at, at - spacing, ... not before `start` (arXiv 2306.03241, 2209.14981).
 
     spacing in steps (None: the k latest there are). A window part full divides by what it holds; before `start` it is the run itself.
     """
@@ -1099,7 +1101,7 @@ class _Output:
         self.path, self.is_folder, self.provenance = path, path.suffix not in SUFFIXES, provenance
         self.part = path.parent / f".{path.name}.part"
         shards = _shards(entries, max_shard) if self.is_folder else {"": entries}
-        layouts = {self.part / file: _header(shard, {"lawa": json.dumps(provenance)}, {alias: kept for alias, kept in ties.items() if kept in shard})
+        layouts = {self.part / file: _header(shard, {"lawa": json.dumps(provenance)}, {a: b for a, b in ties.items() if b in shard})
                    for file, shard in shards.items()}
         self.headers = {file: (header, size) for file, (header, _, size) in layouts.items()}
         self.places = {name: (file, offset) for file, (_, offsets, _) in layouts.items() for name, offset in offsets.items()}
@@ -1107,8 +1109,9 @@ class _Output:
 
     def open(self, stack: contextlib.ExitStack, fresh: bool) -> None:
         (self.part if self.is_folder else self.part.parent).mkdir(parents=True, exist_ok=True)
-        self.files = {file: stack.enter_context(open(file, "wb" if fresh else "r+b", buffering=0)) for file in self.headers}
+        self.files = {}
         for file, (header, size) in self.headers.items():
+            self.files[file] = stack.enter_context(open(file, "wb" if fresh else "r+b", buffering=0))  # noqa: SIM115 - the stack closes it
             os.pwrite(self.files[file].fileno(), header, 0)
             self.files[file].truncate(size)
 
@@ -1210,8 +1213,8 @@ def _verdict(losses: Mapping, run) -> dict:
         gains = than - values
         return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
     best = min(losses, key=lambda scheme: _mean(losses[scheme]))
-    trials = [{"scheme": str(scheme), "loss": float(values.mean()), **dict(zip(("gain", "gain_se"), paired(values, losses[run]), strict=True))}
-              for scheme, values in losses.items()]
+    trials = [{"scheme": str(scheme), "loss": float(values.mean()), "gain": gain, "gain_se": error}
+              for scheme, values in losses.items() for gain, error in [paired(values, losses[run])]]
     gain, error = paired(losses[best], losses[run])
     if error is None:
         sure = "no spread known: the validation gave one number per model; give one per block to learn how sure this is"
@@ -1438,7 +1441,8 @@ class Progress:
         now = time.monotonic()
         if sys.stderr.isatty() and (now - self.shown > 0.1 or done >= total):
             self.shown, rate = now, done / max(now - self.begun, 1e-9)
-            sys.stderr.write(f"\r[{'#' * int(30 * done / max(total, 1)):<30}] {done / self.scale:.4g} of {total / self.scale:.4g} {self.unit}, "
+            bar = "#" * int(30 * done / max(total, 1))
+            sys.stderr.write(f"\r[{bar:<30}] {done / self.scale:.4g} of {total / self.scale:.4g} {self.unit}, "
                              f"{rate / self.scale:.3g} {self.unit}/s, {(total - done) / max(rate, 1e-9):.0f} s left {note} "
                              + "\n" * (done >= total))
 
@@ -1547,7 +1551,8 @@ def _validate(command: str) -> Callable[[dict], list[float]]:
             done = subprocess.run([word.replace("{}", str(path)) for word in words], capture_output=True, text=True)
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", (done.stdout.strip().splitlines() or [""])[-1])
         if done.returncode or not numbers:
-            raise JobFailed(f"the validation command exited with {done.returncode} and printed {(done.stderr or done.stdout).strip()[-200:]!r}")
+            said = (done.stderr or done.stdout).strip()[-200:]
+            raise JobFailed(f"the validation command exited with {done.returncode} and printed {said!r}")
         return [float(number) for number in numbers]
     return evaluate
 
@@ -1574,7 +1579,8 @@ def _run(args) -> dict:
 def _show(result: dict) -> None:
     for line in result.get("checkpoints", []):
         moved = "-" if line["moved"] is None else f"{line['moved']:.2e}"
-        print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} values  {','.join(line['dtypes'])}  moved {moved}")
+        print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} values  "
+              f"{','.join(line['dtypes'])}  moved {moved}")
     for line in result.get("trials", []):
         print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
     for line in result.get("outputs", []):

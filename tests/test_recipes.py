@@ -116,8 +116,8 @@ def test_lightning(make, batches, tmp_path):
     def fit(averaging, steps, resume=None):
         loader = torch.utils.data.DataLoader(examples(), batch_size=8)
         trainer = lightning.Trainer(max_steps=steps, callbacks=[averaging], logger=False, enable_progress_bar=False, accelerator="cpu",
-                                    enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
-                                    accumulate_grad_batches=batches)
+                                    enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+                                    num_sanity_val_steps=0, accumulate_grad_batches=batches)
         trainer.fit(module := Module(), loader, loader, ckpt_path=resume)
         return trainer, module
     whole = callback(make)
