@@ -476,7 +476,8 @@ def test_evaluation_does_not_change_training(config, run, tmp_path):
         assert [row["step"] for row in rows(other, "val.csv")] == list(range(interval, 13, interval))
 
 
-BESIDE = {"checkpoints": ({"ckpt_interval": 3}, {}), "averages": ({"averages": "ema(0.5)"}, {}), "resume states": ({}, {"state_seconds": 0}),
+BESIDE = {"checkpoints": ({"ckpt_interval": 3}, {}), "averages": ({"averages": "ema(0.5)"}, {}),
+          "resume states": ({}, {"state_seconds": 0}),
           "progress": ({}, {"progress": lambda *_: None})}
 
 
@@ -592,7 +593,8 @@ def test_same_corpus_elsewhere_is_the_same_run(config, corpus, tmp_path):
 
 
 def test_any_other_field_is_another_folder(config, tmp_path):
-    fields = {name: other_value(name, value) for name, value in dataclasses.asdict(config).items() if name not in ("corpus", "init_from", "init_step")}
+    fields = {name: other_value(name, value) for name, value in dataclasses.asdict(config).items()
+              if name not in ("corpus", "init_from", "init_step")}
     folders = {name: run_dir(changed(config, **{name: value}), tmp_path) for name, value in fields.items()}
     assert len({run_dir(config, tmp_path), *folders.values()}) == len(folders) + 1
 
@@ -667,8 +669,8 @@ def test_two_ranks_are_one_run(config, tmp_path):
     """torchrun with two processes: the same batches, losses and weights within fp32 noise; and the same bits when it is run again."""
     folders = [train(config, tmp_path / "one"), tmp_path / "two", tmp_path / "again"]
     for port, folder in enumerate(folders[1:], 29511):
-        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(ROOT / "model.py"), "train",
-                *map(str, flags(config, folder))]
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        argv = [sys.executable, *launch, str(ROOT / "model.py"), "train", *map(str, flags(config, folder))]
         done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
     assert column(folders[1], "loss") == pytest.approx(column(folders[0], "loss"), abs=2e-5)
