@@ -260,10 +260,10 @@ def _open_torch(path: Path, key: str | None) -> Checkpoint:
         except RuntimeError:  # files older than torch 1.6 cannot be mapped
             blob = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        unsafe, reason = re.search(r"GLOBAL (\S+)", str(error)), (str(error) or "empty").splitlines()[0]
+        reason = "no file of tensors" if "weights_only" in reason else reason  # torch goes on to advise what would run the file's code
         raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run code; save the state dict alone"
-                        if unsafe else f"{path}: not a readable torch checkpoint "
-                        f"({(str(error) or 'empty').splitlines()[0]}); copy it again") from None
+                        if unsafe else f"{path}: not a readable torch checkpoint ({reason}); copy it again") from None
     if not isinstance(blob, Mapping) or (key and not isinstance(blob.get(key), Mapping)):
         raise LawaError(f"{path} holds {', '.join(map(str, blob))[:200] if isinstance(blob, Mapping) else type(blob).__name__}; "
                         f"expected a state dict{f' under {key!r}' if key else ''}")
