@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ class Lab:
         strange = [key for key, value in namespace.items() if not again and key not in known and key not in IPYTHON and key[0] != "_"
                    and isinstance(value, (int, float, str, list, dict))]
         problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key in strange]
-        problems += [f"{key} must be {_spelled(kind)}, got {given[key]!r}" for key, kind in known.items() if not _fits(given[key], kind)]
+        problems += [f"{key} must be {TAKES[kind][1]}, got {given[key]!r}" for key, kind in known.items() if not _fits(given[key], kind)]
         values = dict(model.scale_values(given["scale"])) if given.get("scale") in model.SCALES else {}
         if not values:
             problems.append(f"scale must be one of {', '.join(model.SCALES)}, got {given.get('scale')!r}")
@@ -56,7 +55,7 @@ class Lab:
             raise LawaError(f"spacing must be a multiple of the checkpoint interval {self.config.ckpt_interval}, got {self.spacing}")
         lawa_core.lawa(self.k, self.spacing)
         self.folder = Path(values.get("out") or model.ROOT / "results" / f"scale-{values['scale']}") / name
-        self.figures, self.verdicts, self.planned = [], [], set()
+        self.figures, self.verdicts = [], []
         _style()
 
     def points(self, n: int = 20, config=None) -> list[int]:
@@ -71,9 +70,8 @@ class Lab:
         """
         import model
         configs = list(configs)
-        if new := [config for config in configs if config not in self.planned]:
-            print(model.plan(new))
-            self.planned.update(new)
+        if missing := [config for config in configs if not (model.run_dir(config) / "summary.json").exists()]:
+            print(model.plan(missing))
         schemes, at = (given if callable(given) else lambda config, given=given: given for given in (schemes, at))
         return [{field: getattr(config, field) for field in fields} | row
                 for config, run in zip(configs, model.train_all(configs), strict=True)
@@ -124,15 +122,12 @@ def numbers(name: str, value, kind=float) -> list:
     return found
 
 
+TAKES = {float: ((int, float), "a number"), int: ((int,), "a whole number"), bool: ((bool,), "True or False"),
+         str: ((str, int, float, list), "a text or a list of numbers")}  # what parameters may be given, besides None
+
+
 def _fits(value, kind) -> bool:
-    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
-
-
-def _spelled(kind) -> str:
-    return str(kind).replace("<class '", "").replace("'>", "").replace(" | None", " (or None for the scale's)")
+    return value is None or (isinstance(value, TAKES[kind][0]) and isinstance(value, bool) == (kind is bool))
 
 
 def grid(rows: list[dict], column: str, **axes) -> np.ndarray:

@@ -564,10 +564,11 @@ def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set
 def _claim(folder: Path, config: Config, corpus: Corpus) -> None:
     """Write config.json, or refuse a folder of another run."""
     described = dataclasses.asdict(config) | {"tokens_per_step": config.tokens_per_step, "corpus_fingerprint": corpus.fingerprint}
+    described["init_sample"] = config.init_from and lawa_core.open_checkpoint(config.init_from).sample
     if (folder / "config.json").exists():
         found = json.loads((folder / "config.json").read_text())
         changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found
-                   if found.get(key) != described.get(key)]
+                   if found.get(key) != described.get(key) and key not in ("corpus", "init_from")]  # by content, not by path
         if changed:
             raise LawaError(f"{folder} holds a run of another configuration ({', '.join(changed)}); choose another --out_dir")
         return
@@ -811,7 +812,7 @@ def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path
     missing = {folder: config for folder, config in folders.items() if not (folder / "summary.json").exists()}
     cores = os.cpu_count() or 1
     jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores)
-    threads = str(max(cores // min(jobs, max(len(missing), 1)), 1))
+    threads = str(max(cores // jobs, 1))  # however many runs are missing: the bits depend on it
     report, running, failed = _Report(missing, every), {}, []
     try:
         while missing or running:

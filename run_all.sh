@@ -131,7 +131,7 @@ run_notebook() {
   wait $child || status=$?
   child=''
   # of a parameter that the notebook does not have papermill only warns: it would have run at another scale
-  if ((status == 0)) && ! grep -q 'Passed unknown parameter' "$log"; then
+  if ((status == 0)) && ! grep -q 'Passed unknown parameter: scale' "$log"; then
     mv "$partial" "$dir/$name.ipynb"
     rm -f "$dir/$name.failed.ipynb" "$log"
     python3 -m nbconvert --to html --log-level ERROR "$dir/$name.ipynb" </dev/null || true # only for reading
