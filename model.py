@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,7 +333,13 @@ def fill(model: GPT, tensors) -> GPT:
 
 def load_hf(folder) -> GPT:
     """A GPT, float32, from a Hugging Face GPT-2 or GPT-NeoX folder (safetensors or .bin, sharded or not); logits as in `transformers`."""
-    return fill(GPT(hf_config(folder)), lawa_core.open_checkpoint(folder))
+    return fill(blank(hf_config(folder)), lawa_core.open_checkpoint(folder))
+
+
+def blank(config: GPTConfig, device="cpu", dtype=torch.float32) -> GPT:
+    """A GPT whose weights are not set, made on the device itself: for `fill`."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype).to_empty(device=device).eval()
 
 
 def save_hf(folder, config: GPTConfig, state) -> None:
@@ -345,12 +352,19 @@ def save_hf(folder, config: GPTConfig, state) -> None:
     fields = {"architectures": [DIALECTS[kind].class_name], "model_type": kind, **DIALECTS[kind].needed,
               **{theirs: getattr(config, ours) for ours, theirs in DIALECTS[kind].fields.items()},
               **({"intermediate_size": 4 * config.n_embd} if config.rotary else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)),
-              DIALECTS[kind].fields["gelu"]: "gelu_new" if config.gelu == "tanh" else "gelu",
-              "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+              DIALECTS[kind].fields["gelu"]: "gelu_new" if config.gelu == "tanh" else "gelu"}
+    write_hf(folder, tensors, fields)
+
+
+def write_hf(folder, tensors, fields: dict, like=None) -> None:
+    """Write tensors under Hugging Face's names with a config.json of `fields` and of their real dtype, and the tokenizer from the folder `like`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for source in [path for pattern in lawa_core.COPIED for path in Path(like).glob(pattern)] if like else []:
+        shutil.copyfile(source, Path(folder) / source.name)
     lawa_core.save(Path(folder) / "model.safetensors", tensors)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with lawa_core.replacing(Path(folder) / "config.json") as part:
-        part.write_text(json.dumps(fields, indent=2))
+        part.write_text(json.dumps({name: value for name, value in fields.items() if name != "torch_dtype"} | {"dtype": dtype}, indent=2))
 
 
 # ---- 3. Corpora ---------------------------------------------------------------------------------------------------------------------
@@ -756,12 +770,13 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
         raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than one block of {block}")
     starts = np.linspace(0, len(corpus.val) - block - 1, n_blocks).astype(np.int64)
     tokens = torch.from_numpy(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64))
+    half = torch.float16 if next(model.parameters()).dtype == torch.float16 else torch.bfloat16
     model.eval()
     losses = []
     for part in tokens.split(max(batch_tokens // block, 1)):
         part = part.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            _, loss = model(part[:, :-1], part[:, 1:], reduction="none")
+        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
+            loss = model.losses(part[:, :-1], part[:, 1:])
         losses.append(loss.double().mean(1).cpu())
     model.train(training)
     return torch.cat(losses).numpy()
@@ -798,6 +813,45 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     scale = 1 / math.log(2) / corpus.val_bytes_per_token
     return [{"run": run.name, "step": step, "scheme": name, "bpb": cache[step, str(scheme), n_blocks]["loss"] * scale, "n_blocks": n_blocks,
              **cache[step, str(scheme), n_blocks]} for step in at for name, scheme in schemes.items()]
+
+
+def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, device: str = "auto", on_disk: bool = False, cache=None,
+           each=None, every: float = 5.0) -> list[dict]:
+    """Losses of a public model's checkpoints, and of averages along them, one model on the device at a time; nothing is trained.
+
+    Averages are made while the model before is evaluated. Args: source: Hugging Face step folders, or "hub:NAME" and what else
+    `open_trajectory` takes; schemes: {label: scheme}; corpus: text in the model's own tokens; on_disk: the window stays in files, see
+    `lawa_core.stream`; cache: a CSV of finished rows, written after every step, so that an interrupted replay goes on; each: called with (step,
+    label, {Hugging Face's name: tensor}) before the evaluation. Returns the rows of `evaluate_trajectory`.
+    """
+    trajectory, device = lawa_core.open_trajectory(source), pick_device(device)
+    schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
+    done = _read_cache(Path(cache)) if cache else {}
+    missing = [step for step in at if any((step, str(scheme), n_blocks) not in done for scheme in schemes.values())]
+    states, config, gpt = lawa_core.stream(trajectory, schemes, missing, on_disk), hf_config(trajectory.companions()), None
+    own, begun, told, count, coming = None, time.monotonic(), 0.0, 0, lawa_core.soon(next, states, None)
+    while item := coming.result():
+        step, label, state = item
+        if gpt is None:  # in half precision where the files are and the device is made for it
+            half = device.type == "cuda" and next(iter(state.values())).dtype == torch.float16
+            gpt = blank(config, device, torch.float16 if half else torch.float32)
+        if each:
+            each(step, label, state)
+        fill(gpt, state)
+        item = state = coming = None  # before the next one is made, so that there is only ever one
+        coming, losses = lawa_core.soon(next, states, None), evaluate(gpt, corpus, n_blocks)
+        own = losses if label == "run" else own
+        _add(done, step, str(schemes[label]), n_blocks, losses, own)
+        count += 1
+        if cache and label == list(schemes)[-1]:
+            _write_cache(Path(cache), done)
+        if time.monotonic() - told > every:
+            told, rate = time.monotonic(), count / (time.monotonic() - begun)
+            print(f"{trajectory.name}: {count} of {len(missing) * len(schemes)} models evaluated, step {step}, "
+                  f"{(len(missing) * len(schemes) - count) / rate:.0f} s left", flush=True)
+    scale = 1 / math.log(2) / corpus.val_bytes_per_token
+    return [{"run": trajectory.name, "step": step, "scheme": label, "bpb": done[step, str(scheme), n_blocks]["loss"] * scale,
+             "n_blocks": n_blocks, **done[step, str(scheme), n_blocks]} for step in at for label, scheme in schemes.items()]
 
 
 def _add(cache: dict, step: int, scheme: str, n_blocks: int, losses: np.ndarray, own: np.ndarray) -> None:

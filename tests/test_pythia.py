@@ -1,13 +1,21 @@
 """Pythia: GPT-NeoX in the GPT class, Hugging Face folders both ways, trajectories from the Hub, and replays of them."""
 
+import errno
+import functools
 import json
 import os
+import sys
+import time
+import tracemalloc
+import types
 
 import pytest
 import torch
+from hub_stand_in import Fault, Hub
 
-from lawa_core import LawaError, average, lawa, save
-from model import GPT, NEOX, PRESETS, GPTConfig, load_hf, preset, save_hf
+import lawa_core
+from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
+from model import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf
 
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 SIZES = [name for name in PRESETS if name.startswith("pythia")]
@@ -171,3 +179,298 @@ def test_a_gpt2_keeps_its_weights_and_logits():
     assert list(dict(gpt.named_children())) == ["wte", "wpe", "h", "ln_f"] and gpt.head is gpt.wte.weight
     logits = gpt(torch.arange(32)[None])[0].double()
     assert abs(logits.square().mean().item() - 0.027437265819762302) < 1e-9
+
+
+# ---- The Hub ------------------------------------------------------------------------------------------------------------------------
+
+REPO, STEPS = "EleutherAI/pythia-nano", (0, 10, 20, 30, 40)
+CONFIG = GPTConfig(2, 4, 32, 32, 64, **NEOX)
+
+
+def revision(folder, step: int, layout: str = "single", buffers: bool = False, seed: int | None = None):
+    """A GPT-NeoX folder in float16 as the Hub has them: `single` or `bin`, or safetensors cut into that many `shards`; with or without buffers."""
+    save_hf(folder, CONFIG, {name: tensor.half() for name, tensor in spread(CONFIG, step if seed is None else seed).state_dict().items()})
+    state = dict(open_checkpoint(folder / "model.safetensors"))
+    if buffers:
+        for layer in range(CONFIG.n_layer):
+            prefix = f"gpt_neox.layers.{layer}.attention."
+            state |= {f"{prefix}bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril(), f"{prefix}masked_bias": torch.tensor(-1e9).half(),
+                      f"{prefix}rotary_emb.inv_freq": torch.rand(1).half()}
+    (folder / "model.safetensors").unlink()
+    if layout in ("single", "both"):
+        save(folder / "model.safetensors", state)
+    if layout in ("bin", "both"):
+        torch.save(state, folder / "pytorch_model.bin")
+    if layout.isdigit():
+        names, count = sorted(state), int(layout)
+        places = {name: f"model-{i * count // len(names) + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)}
+        for shard in set(places.values()):
+            save(folder / shard, {name: state[name] for name in names if places[name] == shard})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def branches(tmp_path):
+    """Five revisions, each in another layout, and `main`; what the Hub's are like."""
+    layouts = [("single", False), ("bin", True), ("2", True), ("3", False), ("both", True)]
+    made = {f"step{step}": revision(tmp_path / "made" / f"step{step}", step, *how) for step, how in zip(STEPS, layouts, strict=True)}
+    return made | {"main": made["step40"]}
+
+
+@pytest.fixture
+def hub(branches):
+    with Hub({REPO: branches}) as hub:
+        yield hub
+
+
+def opened(hub, tmp_path, *args, **options):
+    return lawa_core.open_hub(REPO, *args, folder=tmp_path / "cache", endpoint=hub.url, **{"token": False} | options)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client's pauses between retries, skipped."""
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.time", types.SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+
+
+def weights_sent(hub) -> int:
+    return sum(size for name, size in hub.sent.items() if not name.endswith(".json"))
+
+
+SCHEMES = {"run": newest(), "lawa": lawa(3, 10), "ema": ema(0.5)}
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["window in memory", "window on disk"])
+def test_every_layout_with_and_without_buffers_averages_by_name(hub, tmp_path, on_disk):
+    """uint8 masks, -inf fill values, .bin beside safetensors, shard borders that differ: the average is that of the weights."""
+    models = {step: GPT(CONFIG, step) for step in STEPS}
+    for step in STEPS:
+        fill(models[step], open_checkpoint(tmp_path / "made" / f"step{step}"))
+    for step, name, state in lawa_core.stream(opened(hub, tmp_path), SCHEMES, on_disk=on_disk):
+        assert not any("masked" in tensor or tensor.endswith(("attention.bias", "inv_freq")) for tensor in state)
+        weights = SCHEMES[name](STEPS, step)
+        expected = {n: sum(w * models[s].state_dict()[n].double() for s, w in weights.items()) for n in models[0].state_dict()}
+        for n, tensor in fill(GPT(CONFIG), state).state_dict().items():
+            torch.testing.assert_close(tensor.double(), expected[n], rtol=2 ** -10, atol=1e-6)  # one rounding to float16
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["window in memory", "window on disk"])
+def test_one_copy_is_fetched_the_next_meanwhile_and_the_disk_is_bounded(hub, tmp_path, on_disk):
+    trajectory, most = opened(hub, tmp_path), 0
+    plan = trajectory.plan(SCHEMES | {"ema": newest()}, on_disk=on_disk, rate=1e6)
+    for step, name, _ in lawa_core.stream(trajectory, SCHEMES | {"ema": newest()}, on_disk=on_disk):
+        following = STEPS.index(step) + 1
+        if name == "run" and following < len(STEPS):
+            trajectory.pending[STEPS[following]].result(timeout=30)  # under way before anyone asked
+        most = max(most, sum(trajectory.nbytes(s) for s in STEPS if trajectory.paths[s].exists()))
+    assert weights_sent(hub) == sum(sum(file.size for name, file in files.items() if not name.endswith(".json"))
+                                    for _, files in trajectory.revisions.values())
+    assert plan["fetch_bytes"] == trajectory.fetched == sum(map(trajectory.nbytes, STEPS)) and plan["revisions"] == 5
+    assert plan["hours"] == plan["fetch_bytes"] / 1e6 / 3600
+    assert most <= plan["disk_bytes"] and not any(path.exists() for path in trajectory.paths.values())
+    held = 4 if on_disk else 2  # k + 1 copies, or the one being read and the next
+    assert plan["disk_bytes"] <= held * max(map(trajectory.nbytes, STEPS))
+    assert not open_deleted(tmp_path)  # they would keep the disk full
+
+
+def open_deleted(folder) -> list[str]:
+    """Deleted files under a folder that this process still holds open."""
+    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    targets = [os.readlink(link) for link in links if os.path.islink(link)]
+    return [target for target in targets if target.startswith(str(folder)) and target.endswith("(deleted)")]
+
+
+def test_memory_is_the_window(tmp_path):
+    """No more than k checkpoints and two tensors at a time, though the average itself is one more."""
+    for step in range(1, 6):
+        save(tmp_path / f"ckpt_{step}.safetensors", {f"layer{i}": torch.full((1 << 18,), float(step + i)) for i in range(32)})
+    one, tensor, k = 32 << 20, 1 << 20, 3
+    for on_disk, most in ((False, k * one + 2 * tensor), (True, one + 2 * tensor)):
+        tracemalloc.start()
+        for _, _, state in lawa_core.stream(tmp_path, {"run": newest(), "lawa": lawa(k, 1)}, on_disk=on_disk):
+            del state
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        tiles = k * lawa_core.TILE * 8  # tiles in double, and what reading takes
+        assert peak <= most + tiles, f"{peak / one:.2f} checkpoints"
+
+
+def test_stream_equals_sweep_to_the_bit(tmp_path, branches):
+    for on_disk in (False, True):
+        streamed = {(step, name): {n: t.clone() for n, t in state.items()} for step, name, state in
+                    lawa_core.stream(tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}, on_disk=on_disk)}
+        for step, name, state in lawa_core.sweep(tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}):
+            assert state.keys() == streamed[step, name].keys() and all(torch.equal(t, streamed[step, name][n]) for n, t in state.items())
+
+
+@pytest.mark.parametrize("seeds, steps, said", [
+    ({10: 0}, STEPS, r"steps 0, 10 hold identical weights"),
+    ({20: 40, 30: 40}, STEPS, r"steps 20, 30, 40 hold identical weights"),
+    ({20: 40, 30: 40}, (0, 10, 20), None),
+])
+def test_duplicated_revisions_are_refused_before_anything_is_fetched(tmp_path, seeds, steps, said):
+    made = {f"step{step}": revision(tmp_path / f"step{step}", step, seed=seeds.get(step)) for step in STEPS}
+    with Hub({REPO: made}) as hub:
+        if said is None:
+            assert opened(hub, tmp_path, steps).steps == list(steps)
+            return
+        with pytest.raises(LawaError, match=said):
+            opened(hub, tmp_path, steps)
+        assert not hub.sent and not any("resolve" in request for request in hub.log)
+        trajectory = opened(hub, tmp_path, steps, allow=["duplicates"])
+        assert len(list(lawa_core.stream(trajectory, {"run": newest()}))) == len(steps)
+
+
+def test_a_shard_of_another_revision_is_refused(tmp_path):
+    """12B's step50000 and step58000 hold the final model's first shard."""
+    made = {f"step{step}": revision(tmp_path / f"step{step}", step, "2") for step in STEPS}
+    shard = "model-00001-of-00002.safetensors"
+    (made["step20"] / shard).write_bytes((made["step40"] / shard).read_bytes())
+    with Hub({REPO: made}) as hub, pytest.raises(LawaError, match="steps 20, 40 hold partly identical weights"):
+        opened(hub, tmp_path)
+    assert not hub.sent
+
+
+def test_the_same_weights_in_another_format_are_refused_once_read(tmp_path):
+    made = {"step1": revision(tmp_path / "step1", 1), "step2": revision(tmp_path / "step2", 1, "bin")}
+    with Hub({REPO: made}) as hub:
+        trajectory = opened(hub, tmp_path)  # their sha256 differ
+        with pytest.raises(LawaError, match=r"steps 1 and 2 of .* hold identical weights"):
+            list(lawa_core.stream(trajectory, {"run": newest()}))
+
+
+def test_main_holds_both_formats_but_one_is_fetched(hub, tmp_path):
+    trajectory = opened(hub, tmp_path, [40])
+    list(lawa_core.stream(trajectory, {"run": newest()}))
+    assert set(hub.sent) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("lacking, said", [
+    ("model-00002-of-00003.safetensors", "step30 lacks shard 2 of model.safetensors; leave this step out"),
+    ("model.safetensors.index.json", "step30 lacks model.safetensors.index.json; leave this step out"),
+    ("model-", "step30 lacks weights: expected model.safetensors or pytorch_model.bin"),
+])
+def test_a_missing_shard_is_named_before_anything_is_fetched(tmp_path, branches, lacking, said):
+    for path in list(branches["step30"].iterdir()):
+        if path.name.startswith(lacking):
+            path.unlink()
+    if lacking == "model-":
+        (branches["step30"] / "model.safetensors.index.json").unlink()
+    with Hub({REPO: branches}) as hub, pytest.raises(LawaError, match=said):
+        opened(hub, tmp_path)
+    assert not hub.sent
+
+
+@pytest.mark.parametrize("fault, said", [
+    (Fault("HEAD .*resolve", 404, 9), "step30: a file it lists is missing on the Hub; what is fetched is kept, run again to go on"),
+    (Fault("HEAD .*resolve", 401, 9), "step30: no such model, or it needs a token"),
+    (Fault("HEAD .*resolve", 403, 9), "step30: no such model, or it needs a token"),
+    (Fault("HEAD .*resolve", 503, 99), r"step30: the Hub cannot be reached \(503\); what is fetched is kept"),
+    (Fault("GET /[0-9a-f]{64}", "short"), "step30: the download was cut short"),
+    (Fault("GET /[0-9a-f]{64}", "corrupt"), r"step30: model-00001-of-00003.safetensors is not the file that the Hub lists"),
+    (Fault("GET /[0-9a-f]{64}", 503, 99), r"step30: the Hub cannot be reached \(503\)"),
+])
+def test_a_failing_fetch_is_one_line_and_is_gone_on_with(hub, tmp_path, no_waiting, fault, said):
+    trajectory = opened(hub, tmp_path, keep=True)
+    hub.faults.append(fault)
+    with pytest.raises(LawaError, match=said) as error:
+        trajectory[30]
+    assert "\n" not in str(error.value)
+    hub.faults.clear()
+    assert len(trajectory[30]) == len(open_checkpoint(tmp_path / "made" / "step30"))
+    before = weights_sent(hub)
+    assert trajectory[30] and len(opened(hub, tmp_path)[30]) and weights_sent(hub) == before  # what is there is not fetched again
+
+
+def test_a_cut_connection_goes_on_where_it_was(hub, tmp_path, no_waiting, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.faults.append(Fault("GET /[0-9a-f]{64}", "cut"))
+    trajectory = opened(hub, tmp_path, [0])
+    list(lawa_core.stream(trajectory, {"run": newest()}))
+    assert weights_sent(hub) - trajectory.revisions[0][1]["model.safetensors"].size < 1000  # by a range request, less than a chunk twice
+
+
+def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waiting):
+    hub.faults.append(Fault("HEAD .*model-00003", 503, 99))
+    with pytest.raises(LawaError, match="503"):
+        opened(hub, tmp_path)[30]
+    hub.faults.clear()
+    trajectory = opened(hub, tmp_path)
+    first = {name: size for name, size in hub.sent.items() if "-of-00003" in name}
+    assert len(first) == 2 and trajectory.plan({"run": newest()}, [30], rate=1)["fetch_bytes"] < trajectory.nbytes(30) / 2
+    trajectory[30]
+    assert {name: hub.sent[name] for name in first} == first and "model-00003-of-00003.safetensors" in hub.sent
+
+
+@pytest.mark.parametrize("repo, steps, fault, said", [
+    (REPO, [0, 15, 25], None, "no revision step15, step25; there are 0, 10, 20, 30, 40"),
+    (f"{REPO}@0:40:20x", None, None, "START:STOP:STRIDE in steps"),
+    ("EleutherAI/pythia-9b", None, None, "EleutherAI/pythia-9b: no such model, or it needs a token"),
+    (REPO, None, Fault("refs", 503), r"the Hub cannot be reached \(503\)"),
+    (REPO, None, Fault("tree", 503, 99), r"step\d+: the Hub cannot be reached \(503\)"),
+])
+def test_listing_fails_in_one_line(hub, no_waiting, repo, steps, fault, said):
+    hub.faults += [fault] if fault else []
+    with pytest.raises(LawaError, match=said):
+        lawa_core.open_hub(repo, steps, endpoint=hub.url, token=False)
+
+
+def test_no_server_at_all(tmp_path):
+    with pytest.raises(LawaError, match=f"{REPO}: the Hub cannot be reached"):
+        lawa_core.open_hub(REPO, endpoint="http://127.0.0.1:9", token=False)
+
+
+def test_a_token_is_sent_to_the_hub_and_not_beyond(branches, tmp_path):
+    with Hub({REPO: branches}, token="hf_test") as hub:
+        with pytest.raises(LawaError, match="needs a token"):
+            opened(hub, tmp_path)
+        assert len(list(lawa_core.stream(opened(hub, tmp_path, token="hf_test"), {"run": newest()}))) == 5  # its storage refuses tokens
+
+
+def test_a_full_disk(hub, tmp_path, monkeypatch):
+    trajectory = opened(hub, tmp_path)
+    monkeypatch.setattr(lawa_core.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(LawaError, match=r"step0 takes 0.00 GB, .*cache has 0.00 GB left; free some, or choose another folder"):
+        trajectory[0]
+    monkeypatch.undo()
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(trajectory.api, "hf_hub_download", full)
+    with pytest.raises(LawaError, match="step0: the disk is full; free some"):
+        trajectory[0]
+    assert not weights_sent(hub)
+
+
+def test_code_in_a_bin_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    made = {"step1": revision(tmp_path / "step1", 1, "bin"), "step2": revision(tmp_path / "step2", 2, "bin")}
+    torch.save({"gpt_neox.embed_in.weight": torch.ones(2), "bomb": Bomb()}, made["step2"] / "pytorch_model.bin")
+    with Hub({REPO: made}) as hub, pytest.raises(LawaError, match=r"step2/pytorch_model.bin: refused, it holds .*mkdir"):
+        list(lawa_core.stream(opened(hub, tmp_path), {"run": newest()}))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_the_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    with pytest.raises(LawaError, match=r"the Hub needs huggingface_hub: pip install \"lawa-lab\[hub\]\""):
+        lawa_core.open_hub(REPO)
+
+
+def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
+    trajectory = opened(hub, tmp_path)
+    assert trajectory.measure(1000) > 0 and weights_sent(hub) == 1000
+
+
+def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lawa_core, "open_hub", functools.partial(lawa_core.open_hub, folder=tmp_path / "cache", endpoint=hub.url, token=False))
+    assert lawa_core.open_trajectory(f"hub:{REPO}@10:40:10").steps == [10, 20, 30, 40]
+    assert lawa_core.main(["average", f"hub:{REPO}@20:40:10", "-o", str(tmp_path / "out")]) == 0
+    same_logits(load_hf(tmp_path / "out"), tmp_path / "out", tokens(CONFIG, 20))
+    assert lawa_core.main(["average", f"hub:{REPO}@20:45:5", "-o", str(tmp_path / "out2")]) == 2
+    assert "no revision step25, step35, step45" in capsys.readouterr().err
