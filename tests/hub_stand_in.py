@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub on loopback: its HTTP interface, as huggingface_hub speaks it, over files made by the tests.
 
-Served: the list of branches, a revision's files with their git and LFS hashes (paged), HEAD and GET of a file. Weights are LFS files: the hub
-answers with a redirect to a second server, as the real one does, which serves them by hash, whole or in ranges. Branches, commits and
-hashes come from the content. `faults` makes the next matching requests fail; `log` and `sent` tell what was asked for and how much went out.
+Served: the list of branches, a revision's files with their git and LFS hashes (paged), HEAD and GET of a file. Weights are LFS files:
+the hub answers with a redirect to a second server, as the real one does, which serves them by hash, whole or in ranges. Hashes come from
+the content. `faults` makes the next matching requests fail; `log` and `sent` tell what was asked for and how much went out.
 """
 
 import hashlib
@@ -45,8 +45,10 @@ class Hub:
 
     def __enter__(self):
         self.files = {repo: {branch: _content(files) for branch, files in branches.items()} for repo, branches in self.repos.items()}
-        self.commits = {repo: {branch: hashlib.sha1(f"{repo} {branch}".encode()).hexdigest() for branch in files} for repo, files in self.files.items()}
-        self.blobs = {_sha256(data): (name, data) for branches in self.files.values() for files in branches.values() for name, data in files.items()}
+        self.commits = {repo: {branch: hashlib.sha1(f"{repo} {branch}".encode()).hexdigest() for branch in branches}
+                        for repo, branches in self.files.items()}
+        self.blobs = {_sha256(data): (name, data) for branches in self.files.values() for files in branches.values()
+                      for name, data in files.items()}
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (kind,), {"hub": self})) for kind in (_Api, _Storage)]
         for server in self.servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -141,7 +143,8 @@ class _Api(_Handler):
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self.refuse(401, "RepoNotFound")
-        routes = ((r"/api/models/(.+)/refs", self.refs), (r"/api/models/(.+)/tree/([^/]+)", self.tree), (r"/(.+)/resolve/([^/]+)/(.+)", self.resolve))
+        routes = ((r"/api/models/(.+)/refs", self.refs), (r"/api/models/(.+)/tree/([^/]+)", self.tree),
+                  (r"/(.+)/resolve/([^/]+)/(.+)", self.resolve))
         for pattern, route in routes:
             if found := re.fullmatch(pattern, path):
                 repo, *rest = map(unquote, found.groups())
@@ -154,8 +157,8 @@ class _Api(_Handler):
         self.reply(200, {"Content-Type": "application/json"} | (headers or {}), json.dumps(value).encode())
 
     def refs(self, repo, query, fault):
-        self.json({"branches": [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in self.hub.commits[repo].items()],
-                   "converts": [], "tags": []})
+        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in self.hub.commits[repo].items()]
+        self.json({"branches": branches, "converts": [], "tags": []})
 
     def branch(self, repo, revision):
         return next((name for name, commit in self.hub.commits[repo].items() if revision in (name, commit)), None)
@@ -181,7 +184,8 @@ class _Api(_Handler):
         headers = {"X-Repo-Commit": self.hub.commits[repo][branch]}
         if name.endswith(LFS):
             sha = _sha256(data)
-            return self.reply(302, headers | {"Location": f"{self.hub.storage}/{sha}", "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": len(data)})
+            linked = {"Location": f"{self.hub.storage}/{sha}", "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": len(data)}
+            return self.reply(302, headers | linked)
         return self.body(name, data, headers | {"ETag": f'"{_oid(data)}"'}, fault)
 
 

@@ -9,11 +9,13 @@ import time
 import tracemalloc
 import types
 
+import numpy as np
 import pytest
 import torch
 from hub_stand_in import Fault, Hub
 
 import lawa_core
+import model
 from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
 from model import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf
 
@@ -30,6 +32,15 @@ def narrow(name: str) -> GPTConfig:
     """A preset's heads and rotary share, at a sixth of its layers and 16 or 8 values per head."""
     layers, heads, *_ = PRESETS[name]
     return GPTConfig(max(layers // 6, 1), heads, heads * (16 if heads < 32 else 8), 64, 128, **NEOX)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def theirs(folder):
@@ -188,14 +199,14 @@ CONFIG = GPTConfig(2, 4, 32, 32, 64, **NEOX)
 
 
 def revision(folder, step: int, layout: str = "single", buffers: bool = False, seed: int | None = None):
-    """A GPT-NeoX folder in float16 as the Hub has them: `single` or `bin`, or safetensors cut into that many `shards`; with or without buffers."""
+    """A GPT-NeoX folder in float16 as the Hub has them: "single", "bin", "both", or that many shards; with or without buffers."""
     save_hf(folder, CONFIG, {name: tensor.half() for name, tensor in spread(CONFIG, step if seed is None else seed).state_dict().items()})
     state = dict(open_checkpoint(folder / "model.safetensors"))
     if buffers:
         for layer in range(CONFIG.n_layer):
             prefix = f"gpt_neox.layers.{layer}.attention."
-            state |= {f"{prefix}bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril(), f"{prefix}masked_bias": torch.tensor(-1e9).half(),
-                      f"{prefix}rotary_emb.inv_freq": torch.rand(1).half()}
+            state |= {f"{prefix}bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril(), f"{prefix}rotary_emb.inv_freq": torch.rand(1),
+                      f"{prefix}masked_bias": torch.tensor(-1e9).half()}  # -inf
     (folder / "model.safetensors").unlink()
     if layout in ("single", "both"):
         save(folder / "model.safetensors", state)
@@ -468,9 +479,61 @@ def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
 
 
 def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lawa_core, "open_hub", functools.partial(lawa_core.open_hub, folder=tmp_path / "cache", endpoint=hub.url, token=False))
+    local = {"folder": tmp_path / "cache", "endpoint": hub.url, "token": False}
+    monkeypatch.setattr(lawa_core, "open_hub", functools.partial(lawa_core.open_hub, **local))
     assert lawa_core.open_trajectory(f"hub:{REPO}@10:40:10").steps == [10, 20, 30, 40]
     assert lawa_core.main(["average", f"hub:{REPO}@20:40:10", "-o", str(tmp_path / "out")]) == 0
     same_logits(load_hf(tmp_path / "out"), tmp_path / "out", tokens(CONFIG, 20))
     assert lawa_core.main(["average", f"hub:{REPO}@20:45:5", "-o", str(tmp_path / "out2")]) == 2
     assert "no revision step25, step35, step45" in capsys.readouterr().err
+
+
+# ---- Replays ------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, seed in (("train", 0), ("val", 1)):
+        np.random.default_rng(seed).integers(0, CONFIG.vocab_size, 999).astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"name": "noise", "vocab_size": CONFIG.vocab_size, "train_tokens": 999, "val_tokens": 999,
+                                                  "val_bytes": 2997}))
+    return model.open_corpus(folder)
+
+
+@pytest.mark.parametrize("source", ["hub", "folders"])
+def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, source):
+    trajectory, kept = opened(hub, tmp_path) if source == "hub" else tmp_path / "made", {}
+    like = tmp_path / "made" / "step40"
+
+    def each(step, label, state):
+        if step == 30:
+            kept[label] = tmp_path / label
+            model.write_hf(kept[label], state, json.loads((like / "config.json").read_text()), like)
+    rows = model.replay(trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu")
+    assert [(row["step"], row["scheme"]) for row in rows] == [(step, label) for step in STEPS for label in ("run", "lawa")]
+    losses = {}
+    for row in rows:
+        gpt = fill(GPT(CONFIG), average(tmp_path / "made", SCHEMES[row["scheme"]], row["step"]))
+        losses[row["scheme"]] = model.evaluate(gpt, corpus, 8)
+        assert abs(row["loss"] - losses[row["scheme"]].mean()) < 1e-9 and abs(row["bpb"] * np.log(2) * 3 - row["loss"]) < 1e-9
+        assert abs(row["gain"] - (losses["run"] - losses[row["scheme"]]).mean()) < 1e-9
+    for folder in kept.values():  # what was kept on the way opens elsewhere
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float16" and (folder / "tokenizer.json").exists()
+        same_logits(load_hf(folder), folder, tokens(CONFIG, 20))
+    assert kept.keys() == {"run", "lawa"}
+
+
+def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
+    def stop(step, label, state):
+        if step == 30:
+            raise KeyboardInterrupt
+    arguments = {"schemes": {"lawa": lawa(2, 10)}, "corpus": corpus, "n_blocks": 4, "device": "cpu", "cache": tmp_path / "rows.csv"}
+    with pytest.raises(KeyboardInterrupt):
+        model.replay(opened(hub, tmp_path), each=stop, **arguments)
+    hub.sent.clear()
+    rows = model.replay(opened(hub, tmp_path), **arguments)
+    assert len(rows) == 10 and not any(name in hub.sent for name in ("pytorch_model.bin",))  # step 10's: no longer needed
+    hub.sent.clear()
+    assert model.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
+    assert model.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
