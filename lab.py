@@ -30,15 +30,17 @@ class Lab:
 
     Args: name: the notebook's; question: one line; namespace: the notebook's globals() right after the parameters cell: annotated names are
     parameters, None takes the scale's value, a text such as "0,1,2" is a list of numbers.
-    Errors: LawaError naming every bad parameter at once: unknown, of the wrong type, or out of range; before anything is trained or written.
+    Errors: LawaError naming every bad parameter at once, unknown, of the wrong type, or out of range, before anything is trained.
     """
 
     def __init__(self, name: str, question: str, namespace: dict):
         import model
         known = namespace.get("__annotations__") or namespace["__annotate__"](1)  # Python 3.14 keeps them in a function
         given = {key: namespace[key] for key in known}
-        problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key, value in namespace.items()
-                    if key not in known and key not in IPYTHON and not key.startswith("_") and isinstance(value, (int, float, str, list, dict))]
+        again = any(isinstance(value, Lab) for value in namespace.values())  # the cell is run anew, after cells that made names of their own
+        strange = [key for key, value in namespace.items() if not again and key not in known and key not in IPYTHON and key[0] != "_"
+                   and isinstance(value, (int, float, str, list, dict))]
+        problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key in strange]
         problems += [f"{key} must be {_spelled(kind)}, got {given[key]!r}" for key, kind in known.items() if not _fits(given[key], kind)]
         values = dict(model.scale_values(given["scale"])) if given.get("scale") in model.SCALES else {}
         if not values:
@@ -57,6 +59,20 @@ class Lab:
         self.figures, self.verdicts = [], []
         _style()
 
+    def points(self, n: int = 20) -> list[int]:
+        """About n checkpoint steps, evenly spread over the run: where losses are evaluated."""
+        steps = self.config.checkpoint_steps
+        return sorted({min(steps, key=lambda step: abs(step - self.config.max_iters * i / n)) for i in range(1, n + 1)})
+
+    def evaluate(self, configs, schemes: dict, at, fields=("lr", "seed")) -> list[dict]:
+        """Train what is not trained, evaluate run and averages; rows of `model.evaluate_trajectory` with the configurations' `fields`."""
+        import model
+        configs = list(configs)
+        print(model.plan(configs))
+        return [{field: getattr(config, field) for field in fields} | row
+                for config, run in zip(configs, model.train_all(configs), strict=True)
+                for row in model.evaluate_trajectory(run, schemes, at, self.values["n_blocks"])]
+
     def figure(self, fig, name: str, title: str, caption: str) -> None:
         """Keep a matplotlib figure as PNG under the results; the notebook shows it as well."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +83,8 @@ class Lab:
         """State a verdict: prints it, keeps it. holds: None where this scale cannot tell."""
         word = {True: "holds", False: "does not hold", None: "undecided"}[holds]
         print(f"{claim}: {word} at scale {self.values['scale']} ({evidence}). Here: {ours}. Paper: {paper}.")
-        self.verdicts.append({"claim": claim, "paper": paper, "paper_source": source, "ours": ours, "holds": holds, "evidence": evidence, "n": n,
-                              "figure": f"{figure}.png"})
+        self.verdicts.append({"claim": claim, "paper": paper, "paper_source": source, "ours": ours, "holds": holds, "evidence": evidence,
+                              "n": n, "figure": f"{figure}.png"})
 
     def record(self, rows: list[dict]) -> None:
         """Write rows.csv and, last and atomically, record.json: what the front page and the README are built from."""
@@ -78,10 +94,12 @@ class Lab:
             writer.writeheader()
             writer.writerows(rows)
         changed = {key: value for key, value in self.given.items() if value is not None and key != "out"}
-        command = shlex.join(["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb", *(w for k, v in changed.items() for w in ("-p", k, str(v)))])
+        flags = [word for key, value in changed.items() for word in ("-p", key, str(value))]
+        command = shlex.join(["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb", *flags])
         record = {"notebook": self.name, "title": self.name.replace("_", " "), "question": self.question, "scale": self.values["scale"],
                   "params": {key: value for key, value in self.values.items() if key != "out"}, "command": command,
-                  "seconds": round(time.monotonic() - self.begun, 1), "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                  "seconds": round(time.monotonic() - self.begun, 1),
+                  "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                   "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}", "rows": "rows.csv",
                   "figures": self.figures, "verdicts": self.verdicts}
         with lawa_core.replacing(self.folder / "record.json") as part:
@@ -111,6 +129,28 @@ def _spelled(kind) -> str:
     return str(kind).replace("<class '", "").replace("'>", "").replace(" | None", " (or None for the scale's)")
 
 
+def grid(rows: list[dict], column: str, **axes) -> np.ndarray:
+    """`column` of the rows as an array: an axis for each keyword that is a list, in order; a single value selects, as in scheme="lawa"."""
+    lists = {name: list(values) for name, values in axes.items() if isinstance(values, (list, tuple))}
+    fixed = {name: value for name, value in axes.items() if name not in lists}
+    out = np.full([len(values) for values in lists.values()], np.nan)
+    for row in rows:
+        if all(row[name] == value for name, value in fixed.items()) and all(row[name] in values for name, values in lists.items()):
+            out[tuple(values.index(row[name]) for name, values in lists.items())] = row[column]
+    return out
+
+
+def beyond_spread(differences) -> bool | None:
+    """Is a paired difference positive for every seed and its mean above its standard deviation? None for a single seed."""
+    differences = np.asarray(differences, float)
+    return bool((differences > 0).all() and differences.mean() > differences.std(ddof=1)) if len(differences) > 1 else None
+
+
+def in_favour(differences) -> str:
+    """"3 of 3 seeds": how many of the paired differences are positive."""
+    return f"{int((np.asarray(differences) > 0).sum())} of {len(differences)} seeds"
+
+
 def mean_se(values) -> tuple[float, float]:
     """(mean, standard error of the mean); nan for a single value's error."""
     values = np.asarray(values, float)
@@ -126,7 +166,8 @@ def pm(values, digits: int = 3) -> str:
 def band(ax, x, values, label: str, number: int, **style) -> None:
     """A curve of the mean over seeds with a band from the lowest to the highest. values: (seeds, steps)."""
     values = np.asarray(values)
-    style = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)], "markersize": 4, "markevery": 3} | style
+    style = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)], "markersize": 4,
+             "markevery": 3} | style
     ax.plot(x, values.mean(0), label=label, **style)
     if len(values) > 1:
         ax.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
@@ -134,5 +175,6 @@ def band(ax, x, values, label: str, number: int, **style) -> None:
 
 def _style() -> None:
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"figure.figsize": (8, 4.2), "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 10, "axes.grid": True,
-                         "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 11})
+    plt.rcParams.update({"figure.figsize": (8, 4.2), "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 10,
+                         "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 11, "legend.frameon": False})

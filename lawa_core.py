@@ -554,12 +554,12 @@ def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False
     use; token: default the one you are logged in with; endpoint: another server than huggingface.co.
     Errors: LawaError for a missing revision, shard or token, a hub that is down, revisions with the same weights. Needs huggingface_hub.
     """
-    repo, _, span = repo.partition("@")
+    repo, _, wanted = repo.partition("@")
     with _hub(repo):
         from huggingface_hub import HfApi
         api = HfApi(endpoint=endpoint, token=token)
         commits = {int(ref.name[4:]): ref.target_commit for ref in api.list_repo_refs(repo).branches if re.fullmatch(r"step\d+", ref.name)}
-    steps = sorted(_span(span) if span else commits if steps is None else set(steps))
+    steps = sorted(span(wanted) if wanted else commits if steps is None else set(steps))
     missing = [f"step{step}" for step in steps if step not in commits]
     if missing or not steps:
         raise LawaError(f"{repo} has no revision {_some(missing) or 'named step<N>'}; there are {_some(sorted(commits)) or 'none'}")
@@ -574,12 +574,13 @@ def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False
     return HubTrajectory(repo, {step: (commits[step], files[step]) for step in steps}, folder, allow, keep, api)
 
 
-def _span(text: str) -> range:
+def span(text: str) -> range:
+    """The steps that "START:STOP:STRIDE" (or with commas) writes, both ends included."""
     try:
-        start, stop, stride = map(int, text.split(":"))
+        start, stop, stride = map(int, re.split("[:,]", text))
         return range(start, stop + 1, stride)
     except ValueError:
-        raise LawaError(f"revisions must be START:STOP:STRIDE in steps, such as 103000:143000:1000, got {text!r}") from None
+        raise LawaError(f"steps must be START:STOP:STRIDE, such as 103000:143000:1000, got {text!r}") from None
 
 
 def _wanted(revision: str, listing) -> dict[str, object]:

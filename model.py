@@ -11,6 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -21,8 +22,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -351,13 +355,13 @@ def save_hf(folder, config: GPTConfig, state) -> None:
     tensors = {hf_name(name, kind): _relaid(tensor, name, config, outward=True).contiguous() for name, tensor in state.items()}
     fields = {"architectures": [DIALECTS[kind].class_name], "model_type": kind, **DIALECTS[kind].needed,
               **{theirs: getattr(config, ours) for ours, theirs in DIALECTS[kind].fields.items()},
-              **({"intermediate_size": 4 * config.n_embd} if config.rotary else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)),
+              **({"intermediate_size": 4 * config.n_embd} if config.rotary else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
               DIALECTS[kind].fields["gelu"]: "gelu_new" if config.gelu == "tanh" else "gelu"}
     write_hf(folder, tensors, fields)
 
 
 def write_hf(folder, tensors, fields: dict, like=None) -> None:
-    """Write tensors under Hugging Face's names with a config.json of `fields` and of their real dtype, and the tokenizer from the folder `like`."""
+    """Write tensors under Hugging Face's names, a config.json of `fields` and their real dtype, and the tokenizer of the folder `like`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for source in [path for pattern in lawa_core.COPIED for path in Path(like).glob(pattern)] if like else []:
         shutil.copyfile(source, Path(folder) / source.name)
@@ -374,8 +378,8 @@ class Corpus:
     """data/NAME/: train.bin and val.bin, raw little-endian uint16 token ids (nanoGPT's format), described by meta.json."""
     folder: Path
     meta: dict
-    train: np.ndarray  # (tokens,) uint16, mapped
-    val: np.ndarray
+    train: np.ndarray | Shards  # (tokens,) uint16, mapped; empty where the text only serves to evaluate
+    val: np.ndarray | Shards
 
     @property
     def name(self) -> str:
@@ -385,9 +389,19 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.meta["vocab_size"]
 
-    @property
+    @functools.cached_property
     def val_bytes_per_token(self) -> float:
-        return self.meta["val_bytes"] / self.meta["val_tokens"]
+        """Bytes of text per token (an end-of-text has none); measured where meta.json does not say, nan without the tokenizer at hand."""
+        if "val_bytes" in self.meta:
+            return self.meta["val_bytes"] / self.meta["val_tokens"]
+        try:
+            tokenizer = self.tokenizer()
+        except OSError:  # tiktoken cannot download it
+            return math.nan
+        counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
+        sizes = np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(self.vocab_size)])
+        sizes[self.meta["eot_token"]] = 0
+        return float(counts @ sizes / counts.sum())
 
     @property
     def fingerprint(self) -> str:
@@ -396,10 +410,14 @@ class Corpus:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def tokenizer(self):
-        """tiktoken.Encoding: the corpus's own, or one of tiktoken's."""
+        """tiktoken.Encoding: the corpus's own, or one of tiktoken's; encode_ordinary and decode alone for a model's tokenizer.json."""
         import base64
 
         import tiktoken
+        if self.meta["tokenizer"] == "tokenizer.json":
+            from tokenizers import Tokenizer
+            own = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            return SimpleNamespace(encode_ordinary=lambda text: own.encode(text, add_special_tokens=False).ids, decode=own.decode)
         if not (self.folder / self.meta["tokenizer"]).exists():
             return tiktoken.get_encoding(self.meta["tokenizer"])
         lines = (self.folder / self.meta["tokenizer"]).read_text().splitlines()
@@ -407,18 +425,78 @@ class Corpus:
         return tiktoken.Encoding(self.name, pat_str=self.meta["pattern"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.meta["eot_token"]})
 
 
+class Shards:
+    """Mapped files one after another as one array of tokens: len, and slices and integer arrays as indices (they give copies)."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        which, tokens = np.searchsorted(self.ends, index, "right"), np.empty(index.shape, np.uint16)
+        for i in np.unique(which):
+            tokens[which == i] = self.parts[i][index[which == i] - self.ends[i] + len(self.parts[i])]
+        return tokens
+
+
+def map_tokens(path: Path) -> np.ndarray:
+    """(tokens,) uint16 of a file of nothing but tokens, or of a shard of modded-nanogpt: 256 int32 first, 20240520, 1, tokens."""
+    if not path.stat().st_size:
+        return np.empty(0, "<u2")
+    if path.stat().st_size % 2:
+        raise LawaError(f"{path} has {path.stat().st_size} bytes; expected an even number, of uint16 tokens; fetch or prepare it again")
+    header = np.fromfile(path, "<i4", 256)
+    if tuple(header[:2]) != (20240520, 1):
+        return np.memmap(path, "<u2", mode="r")
+    tokens = np.memmap(path, "<u2", mode="r", offset=1024)
+    if len(tokens) != header[2]:
+        raise LawaError(f"{path} has {len(tokens)} tokens, its header says {header[2]}; fetch it again")
+    return tokens
+
+
+def foreign_corpus(folder: Path) -> Corpus | None:
+    """Token files that others prepared: nanoGPT's train.bin and val.bin, or modded-nanogpt's *_train_*.bin and *_val_*.bin."""
+    if any(folder.glob(".partial-*")) or any(folder.glob("tokenizer.*")):  # a prepare.py of ours was killed in here
+        return None
+    splits = []
+    for split in ("train", "val"):
+        files = [folder / f"{split}.bin"] if (folder / f"{split}.bin").exists() else sorted(folder.glob(f"*_{split}_*.bin"))
+        if not files:
+            return None
+        splits.append(Shards([map_tokens(file) for file in files]) if len(files) > 1 else map_tokens(files[0]))
+    meta = {"name": folder.resolve().name, "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
+    for split, tokens in zip(("train", "val"), splits, strict=True):
+        meta |= {f"{split}_tokens": len(tokens), f"{split}_begin": hashlib.sha256(tokens[:100_000].tobytes()).hexdigest()}
+    return Corpus(folder, meta, *splits)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def open_corpus(name) -> Corpus:
-    """The corpus data/NAME/ (or any folder). Reads nothing but meta.json; LawaError with the command to run if it is not there."""
+    """The corpus data/NAME/ (or any folder), tokens mapped. LawaError with the command to run if it is not there.
+
+    Without a meta.json, nanoGPT's own token files or modded-nanogpt's shards are taken for GPT-2's tokens, and that is said on stderr.
+    """
     folder = DATA / name if (DATA / str(name)).is_dir() else Path(name)
+    if not (folder / "meta.json").exists() and (found := foreign_corpus(folder)):
+        say_once(f"{folder} has no meta.json: its {len(found.train):,} + {len(found.val):,} tokens are taken for GPT-2's")
+        return found
     if not (folder / "meta.json").exists():
         known = DATA / str(name) / "prepare.py"
         raise LawaError(f"no corpus {str(name)!r}: expected {folder / 'meta.json'}; run " + (
             f"python {known}" if known.exists() else f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"))
     meta = json.loads((folder / "meta.json").read_text())
-    splits = [np.memmap(folder / f"{split}.bin", "<u2", mode="r") for split in ("train", "val")]
+    splits = [map_tokens(folder / f"{split}.bin") for split in ("train", "val")]
     for split, tokens in zip(("train", "val"), splits, strict=True):
         if len(tokens) != meta[f"{split}_tokens"]:
-            raise LawaError(f"{folder / split}.bin has {len(tokens)} tokens, meta.json says {meta[f'{split}_tokens']}; prepare the corpus again")
+            raise LawaError(f"{folder / split}.bin has {len(tokens)} tokens, meta.json says {meta[f'{split}_tokens']}; "
+                            "prepare the corpus again")
     return Corpus(folder, meta, *splits)
 
 
@@ -435,19 +513,25 @@ class Config:
     corpus: str = option("stdlib", "folder under data/, or a path")
     lr: float = option(1e-3, "peak learning rate")
     max_iters: int = option(1000, "optimizer steps")
-    batch_size: int = option(16, "sequences per micro-batch")
-    accumulation: int = option(1, "micro-batches per step; their gradients are averaged")
+    batch_size: int = option(8, "sequences per micro-batch")
+    accumulation: int = option(1, "micro-batches per step, over all ranks; their gradients are averaged")
     warmup_iters: int = option(100, "steps of linear warm-up")
     schedule: str = option("cosine", "after warm-up: cosine, constant, or wsd (constant, then a 1-sqrt cooldown)")
     min_lr_frac: float = option(0.1, "final learning rate as a share of the peak (cosine, wsd)")
     cooldown_frac: float = option(0.2, "wsd: share of the steps spent cooling down")
+    hold_frac: float = option(1.0, "cosine: share of the steps after which the rate stays as it is then, as SWA wants it")
     weight_decay: float = option(0.1, "AdamW's, on matrices and embeddings only")
     beta1: float = option(0.9, "AdamW")
     beta2: float = option(0.95, "AdamW")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no clipping")
     ckpt_interval: int = option(20, "steps between checkpoints")
     seed: int = option(0, "of the initial weights and of the batches")
-    ema: str = option("", "betas of averages updated every step, comma-separated; each becomes a trajectory ema-BETA/ in the run folder")
+    averages: str = option("", 'kept while training, each as a trajectory in the run folder: "ema(0.99); swa(start=500); lawa(5, 20)"')
+    burst_at: int = option(0, "step at which a burst of too high a rate begins, to provoke a loss spike")
+    burst_iters: int = option(0, "its length in steps; 0: no burst")
+    burst_factor: float = option(1.0, "the rate is multiplied by this meanwhile")
+    init_from: str = option("", "checkpoint or average to start from, with a fresh optimizer, instead of random weights")
+    init_step: int = option(0, "the step that init_from counts as: schedule and batches go on from there")
     dtype: str = option("auto", "fp32, bf16 (autocast), or auto: bf16 on CUDA, else fp32")
 
     def __post_init__(self):
@@ -461,25 +545,53 @@ class Config:
             ("warmup_iters", f"between 0 and max_iters = {self.max_iters}", 0 <= self.warmup_iters <= self.max_iters),
             ("min_lr_frac", "between 0 and 1", 0 <= self.min_lr_frac <= 1),
             ("cooldown_frac", "above 0, at most 1", 0 < self.cooldown_frac <= 1),
+            ("hold_frac", "above 0, at most 1", 0 < self.hold_frac <= 1),
+            ("weight_decay", "at least 0", 0 <= self.weight_decay < math.inf),
+            ("beta1", "in [0, 1)", 0 <= self.beta1 < 1),
+            ("beta2", "in [0, 1)", 0 <= self.beta2 < 1),
+            ("grad_clip", "at least 0", 0 <= self.grad_clip < math.inf),
             ("ckpt_interval", f"between 1 and max_iters = {self.max_iters}", 1 <= self.ckpt_interval <= self.max_iters),
             ("seed", "at least 0", self.seed >= 0),
+            ("burst_iters", "at least 0", self.burst_iters >= 0),
+            ("burst_factor", "above 0", 0 < self.burst_factor < math.inf),
+            ("init_step", f"between 0 and max_iters = {self.max_iters}, and 0 without init_from",
+             0 <= self.init_step < self.max_iters and bool(self.init_from or not self.init_step)),
             ("dtype", "fp32, bf16 or auto", self.dtype in ("fp32", "bf16", "auto"))) if not right]
         if wrong:
             raise LawaError("; ".join(wrong))
-        for beta in self.betas:
-            lawa_core.ema(beta)
+        if strange := [text for text, scheme in self.online.items() if type(scheme) not in ONLINE]:
+            raise LawaError(f"averages must be lawa, ema or swa, got {strange[0]!r}")
 
     @property
-    def betas(self) -> tuple[float, ...]:
-        return tuple(float(beta) for beta in self.ema.split(",") if beta.strip())
+    def online(self) -> dict[str, object]:
+        """{text: scheme} of the averages kept while training."""
+        return {text.strip(): lawa_core.parse_scheme(text) for text in self.averages.split(";") if text.strip()}
+
+    @property
+    def block_size(self) -> int:
+        return PRESETS[self.preset][3]
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.accumulation * PRESETS[self.preset][3]
+        return self.batch_size * self.accumulation * self.block_size
 
     @property
     def checkpoint_steps(self) -> list[int]:
-        return list(range(self.ckpt_interval, self.max_iters + 1, self.ckpt_interval))
+        return [step for step in range(self.ckpt_interval, self.max_iters + 1, self.ckpt_interval) if step > self.init_step]
+
+    def resolved(self, device: torch.device) -> Config:
+        """The same with dtype "auto" replaced by what the device gets."""
+        return self if self.dtype != "auto" else dataclasses.replace(self, dtype="bf16" if device.type == "cuda" else "fp32")
+
+
+ONLINE = {lawa_core.ema: lambda model, s: lawa_core.EMA(model, s.beta, s.every or 1, s.start),
+          lawa_core.swa: lambda model, s: lawa_core.SWA(model, s.start, s.every or 1),
+          lawa_core.lawa: lambda model, s: lawa_core.LAWA(model, s.k, s.spacing or 1, s.start)}
+
+
+def average_dir(text: str) -> str:
+    """The folder of an average kept while training, in its run folder: "ema(0.99)" -> "ema-0.99"."""
+    return re.sub(r"[^\w.=]+", "-", text).strip("-")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -489,60 +601,108 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def run_dir(config: Config, runs=None, device: str = "auto") -> Path:
-    """runs/<corpus>-<preset>-<hash>: the hash covers every field of the configuration and the corpus's content."""
-    if config.dtype == "auto":
-        config = dataclasses.replace(config, dtype="bf16" if pick_device(device).type == "cuda" else "fp32")
-    corpus = open_corpus(config.corpus)
-    text = json.dumps(dataclasses.asdict(config) | {"corpus": corpus.fingerprint}, sort_keys=True)
-    return Path(runs or RUNS) / f"{corpus.name}-{config.preset}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    """runs/<corpus>-<preset>-<hash>: the hash covers every field of the configuration and the content of corpus and init_from."""
+    corpus, values = open_corpus(config.corpus), dataclasses.asdict(config.resolved(pick_device(device)))
+    values |= {"corpus": corpus.fingerprint, "init_from": config.init_from and lawa_core.open_checkpoint(config.init_from).sample}
+    name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    return Path(runs or RUNS) / f"{corpus.name}-{config.preset}-{name}"
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of optimizer step `step` (0-based): linear warm-up over warmup_iters + 1 steps (nanoGPT's), then the schedule."""
+    """The rate of optimizer step `step` (0-based): linear warm-up over warmup_iters + 1 steps (nanoGPT's), the schedule, the burst."""
+    peak = config.lr * (config.burst_factor if config.burst_at <= step < config.burst_at + config.burst_iters else 1)
     if step < config.warmup_iters:
-        return config.lr * (step + 1) / (config.warmup_iters + 1)
+        return peak * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
-        return config.lr
-    begin = config.warmup_iters if config.schedule == "cosine" else config.max_iters - round(config.cooldown_frac * config.max_iters)
+        return peak
+    if config.schedule == "cosine":
+        begin, step = config.warmup_iters, min(step, round(config.hold_frac * config.max_iters))
+    else:
+        begin = config.max_iters - round(config.cooldown_frac * config.max_iters)
     x = min(max(step - begin, 0) / max(config.max_iters - begin, 1), 1.0)
     left = 0.5 * (1 + math.cos(math.pi * x)) if config.schedule == "cosine" else 1 - math.sqrt(x)
-    return config.lr * (config.min_lr_frac + (1 - config.min_lr_frac) * left)
+    return peak * (config.min_lr_frac + (1 - config.min_lr_frac) * left)
 
 
-def batch(tokens: np.ndarray, config: Config, step: int) -> np.ndarray:
-    """The batch of step `step`: (sequences, block_size + 1) int64, a function of (seed, step) alone, so resuming or evaluating changes nothing."""
-    block, sequences = PRESETS[config.preset][3], config.batch_size * config.accumulation
+def batch(tokens: np.ndarray, config: Config, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """The batch of step `step`: (sequences, block_size + 1) int64, or the share of it that rank `rank` of `world` takes.
+
+    A function of (seed, step) alone, so neither resuming nor evaluating nor the number of ranks changes it.
+    """
     generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
-    starts = generator.integers(0, len(tokens) - block, sequences)
-    return tokens[starts[:, None] + np.arange(block + 1)].astype(np.int64)
+    starts = generator.integers(0, len(tokens) - config.block_size, config.batch_size * config.accumulation)
+    starts = np.split(starts, world)[rank]
+    return tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64)
 
 
 # ---- 5. Training --------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("step", "tokens", "lr", "loss", "grad_norm")  # of metrics.csv: loss in nats per token on the training batch, before the update
+READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
 
 
-def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None, compile: bool | None = None, eval_interval: int = 0,
-          state_seconds: float = 30, progress=None) -> Path:
+def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None, compile: bool | None = None,
+          eval_interval: int = 0, state_seconds: float = 30, keep=None, disk_budget: float = math.inf, progress=None) -> Path:
     """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
 
-    The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), ema-<beta>/ trajectories, resume.pt while unfinished, and
-    summary.json once finished. What does not change the numbers: out_dir (default: named by the configuration's hash), device, threads (an
-    interrupted run keeps its own), compile (default: on CUDA), eval_interval (steps between validation losses in val.csv; 0: none), state_seconds
-    (at most so much work is lost to a kill, rounded up to a checkpoint), progress (called with (step, max_iters, loss)).
-    Errors: LawaError for a bad configuration, a missing corpus, a loss that is not finite (the last good state is kept).
+    The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), a trajectory per average, resume.pt while
+    unfinished, and summary.json once finished. Under torchrun every rank calls this; the batches are one process's, cut in equal parts, and
+    rank 0 writes. Args: config; what does not change its numbers:
+        out_dir: default named by the configuration's hash; device; compile: default on CUDA
+        threads: an interrupted run keeps its own
+        eval_interval: steps between validation losses in val.csv; 0: none
+        state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
+        keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
+        progress: called with (step, max_iters, loss)
+    Errors: LawaError for a bad configuration, a missing corpus, a loss that is not finite, a full disk; the last good state is kept.
+    Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
     """
-    device = pick_device(device)
-    config = dataclasses.replace(config, dtype=config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32")
-    corpus = open_corpus(config.corpus)
-    folder = Path(out_dir) if out_dir else run_dir(config)
-    if len(corpus.train) <= PRESETS[config.preset][3]:
-        raise LawaError(f"{corpus.name} has {len(corpus.train)} training tokens; expected more than one block of {PRESETS[config.preset][3]}")
-    _claim(folder, config)
-    with _locked(folder):
-        if not (folder / "summary.json").exists():
-            _Run(config, corpus, folder, device, threads, device.type == "cuda" if compile is None else compile).go(eval_interval, state_seconds, progress)
+    with _ranks(device) as (rank, world, device):
+        config, corpus = config.resolved(device), open_corpus(config.corpus)
+        folder = Path(out_dir) if out_dir else run_dir(config)
+        share = config.batch_size * config.accumulation / world
+        if share % min(config.batch_size, share):
+            raise LawaError(f"batch_size x accumulation = {config.batch_size} x {config.accumulation} cannot be cut in {world} equal ranks")
+        if len(corpus.train) <= config.block_size:
+            raise LawaError(f"{corpus.name} has {len(corpus.train)} training tokens; expected more than one block of {config.block_size}")
+        written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
+        if rank == 0:
+            _claim(folder, config)
+        with _locked(folder) if rank == 0 else contextlib.nullcontext():
+            if world > 1:
+                torch.distributed.barrier()  # the folder is claimed before the others look at it
+            if not (folder / "summary.json").exists():
+                compile = device.type == "cuda" if compile is None else compile
+                _Run(config, corpus, folder, device, threads, compile, rank, world, written).go(eval_interval, state_seconds, progress)
     return folder
+
+
+@contextlib.contextmanager
+def _ranks(device: str):
+    """(rank, number of ranks, device): torchrun's environment says; gloo joins CPUs, nccl GPUs."""
+    world, where = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
+    if world == 1:
+        yield 0, 1, where
+        return
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield torch.distributed.get_rank(), world, where
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set[int]:
+    """The steps whose checkpoints are written: all, or what the scheme `keep` needs at as many evenly spaced targets as fit the budget."""
+    steps, size = config.checkpoint_steps, checkpoint_bytes(config, vocab_size)
+    for stride in range(1, len(steps) + 1):
+        targets = steps[::-1][::stride]  # the last checkpoint always
+        needed = set(targets).union(*(lawa_core.row(keep, steps, target) for target in targets)) if keep else set(targets)
+        if len(needed) * size <= disk_budget or (keep is None and disk_budget == math.inf):
+            return needed
+    raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of {size:,} bytes, got {disk_budget:,.0f}")
 
 
 def _claim(folder: Path, config: Config) -> None:
@@ -550,7 +710,8 @@ def _claim(folder: Path, config: Config) -> None:
     described = dataclasses.asdict(config) | {"tokens_per_step": config.tokens_per_step}
     if (folder / "config.json").exists():
         found = json.loads((folder / "config.json").read_text())
-        changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found if found.get(key) != described.get(key)]
+        changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found
+                   if found.get(key) != described.get(key)]
         if changed:
             raise LawaError(f"{folder} holds a run of another configuration ({', '.join(changed)}); choose another --out_dir")
         return
@@ -565,170 +726,246 @@ def _locked(folder: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(f"waiting: another process is training {folder.name}", file=sys.stderr, flush=True)
+            print(f"waiting: another process is at work on {folder.name}", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-class _Run:
-    """One run in progress: model, optimizer, online averages, and how many steps are done."""
+def _on_cpu(tree):
+    """A copy of nested dicts and lists of tensors, on the CPU: what training changes next stays out of the file being written."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
 
-    def __init__(self, config: Config, corpus: Corpus, folder: Path, device, threads, compile):
-        self.config, self.corpus, self.folder, self.device, self.done = config, corpus, folder, device, 0
-        self.model = GPT(preset(config.preset, corpus.vocab_size), config.seed).to(device)
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                           lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type in ("cuda", "cpu"))
-        self.ema = lawa_core.EMA(self.model, config.betas) if config.betas else None
+
+class _Behind:
+    """A thread that does one thing behind the training: writing what was copied, or cutting the next batch. An error surfaces at `wait`."""
+
+    def __init__(self):
+        self.pool, self.last = ThreadPoolExecutor(1), None
+
+    def start(self, work, *args) -> None:
+        self.wait()
+        self.last = self.pool.submit(work, *args)
+
+    def wait(self):
+        """The result of what was started last."""
+        last, self.last = self.last, None
+        return last and last.result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+class _Run:
+    """One run in progress: model, optimizer, averages, and how many steps are done."""
+
+    def __init__(self, config: Config, corpus: Corpus, folder: Path, device, threads=None, compile=False, rank=0, world=1, written=None):
+        self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
+        self.rank, self.world, self.written, self.done = rank, world, written or set(), config.init_step
         saved = torch.load(folder / "resume.pt", map_location=device, weights_only=True) if (folder / "resume.pt").exists() else None
         if threads or saved:
             torch.set_num_threads(saved["threads"] if saved else threads)  # sums may round differently with another number of threads
+        self.model = GPT(preset(config.preset, corpus.vocab_size), config.seed).to(device)
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type in ("cuda", "cpu"))
+        self.averages = {text: ONLINE[type(scheme)](self.model, scheme) for text, scheme in config.online.items()}
         if saved:
-            self.done = saved["step"]
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            if self.ema:
-                self.ema.load_state_dict(saved["ema"])
-        self.step_model = torch.compile(self.model) if compile else self.model
+            self._restore(saved)
+        elif config.init_from:
+            self.model.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
+        self.step_model = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
+        self.synced = self.step_model  # under torch.compile the wrapper keeps its no_sync
+        self.step_model = torch.compile(self.step_model) if compile else self.step_model
+        self.writer, self.loader = _Behind(), _Behind()
+
+    def _restore(self, saved: dict) -> None:
+        self.done = saved["step"]
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for text, average in self.averages.items():
+            average.load_state_dict(saved["averages"][text])
 
     def save_state(self) -> None:
-        lawa_core.save(self.folder / "resume.pt", {
-            "step": self.done, "threads": torch.get_num_threads(), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None})
+        self.writer.wait()  # one copy in memory at a time
+        state = {"step": self.done, "threads": torch.get_num_threads(), "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(),
+                 "averages": {text: average.state_dict() for text, average in self.averages.items()}}
+        self.writer.start(lawa_core.save, self.folder / "resume.pt", _on_cpu(state))
 
     def save_checkpoint(self) -> None:
+        self.writer.wait()
         name = checkpoint_name(self.done)
-        lawa_core.save(self.folder / name, self.model.state_dict())
-        for beta in self.config.betas:
-            lawa_core.save(self.folder / f"ema-{beta:g}" / name, self.ema.average(beta))
+        states = {self.folder / name: _on_cpu(dict(self.model.state_dict()))}
+        for text, average in self.averages.items():
+            with contextlib.suppress(LawaError):  # nothing averaged before its start
+                states[self.folder / average_dir(text) / name] = _on_cpu(average.average())
+        self.writer.start(lambda: [lawa_core.save(path, state) for path, state in states.items()])
+
+    def _batch(self, step: int) -> torch.Tensor:
+        tokens = torch.from_numpy(batch(self.corpus.train, self.config, step, self.rank, self.world))
+        return tokens.pin_memory() if self.device.type == "cuda" else tokens
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step. Returns (loss, gradient norm), still on the device: reading them would stop it."""
-        config, micro = self.config, self.config.batch_size
-        tokens = torch.from_numpy(batch(self.corpus.train, config, self.done))
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        tokens = tokens.to(self.device)
+        """One optimizer step. Returns (this rank's loss, gradient norm), still on the device: reading them would stop it."""
+        config, tokens = self.config, self.loader.wait()
+        tokens = (self._batch(self.done) if tokens is None else tokens).to(self.device, non_blocking=True)
+        if self.done + 1 < config.max_iters:
+            self.loader.start(self._batch, self.done + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.done)
-        total = 0.0
-        for i in range(config.accumulation):
-            part = tokens[i * micro:(i + 1) * micro]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-                _, loss = self.step_model(part[:, :-1], part[:, 1:])
-            (loss / config.accumulation).backward()
-            total = total + loss.detach() / config.accumulation
+        parts, total = tokens.split(config.batch_size), 0.0
+        for part in parts:
+            alone = self.world > 1 and part is not parts[-1]  # gradients travel once per step
+            with self.synced.no_sync() if alone else contextlib.nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+                    _, loss = self.step_model(part[:, :-1], part[:, 1:])
+                (loss / len(parts)).backward()
+            total = total + loss.detach() / len(parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        if self.ema:
-            self.ema.update(self.done)
+        for average in self.averages.values():
+            average.update(self.done)
         return total, norm
 
     def go(self, eval_interval: int, state_seconds: float, progress) -> None:
-        config, pending, begun, first, saved = self.config, [], time.monotonic(), self.done, time.monotonic()
-        metrics = _Table(self.folder / "metrics.csv", COLUMNS, self.done)
-        val = _Table(self.folder / "val.csv", ("step", "loss"), self.done) if eval_interval else None
-        try:
-            with _terminated():
+        """Train to the end, or to a signal."""
+        config, begun, first, self.saved, self.pending = self.config, time.monotonic(), self.done, time.monotonic(), []
+        self.metrics = _Table(self.folder / "metrics.csv", COLUMNS, self.done, self.rank == 0)
+        self.val = _Table(self.folder / "val.csv", ("step", "loss"), self.done, self.rank == 0 and bool(eval_interval))
+        with _signals() as caught:
+            try:
                 while self.done < config.max_iters:
                     lr = learning_rate(config, self.done)
-                    pending.append((self.done + 1, (self.done + 1) * config.tokens_per_step, lr, *self.step()))
-                    at_checkpoint = self.done % config.ckpt_interval == 0
-                    if at_checkpoint or self.done % 10 == 0 or self.done == config.max_iters:
-                        self._flush(metrics, pending, progress)
-                    if at_checkpoint:
-                        self.save_checkpoint()
-                        if time.monotonic() - saved >= state_seconds:
-                            self.save_state()
-                            saved = time.monotonic()
-                    if eval_interval and self.done % eval_interval == 0:
-                        val.write([(self.done, float(evaluate(self.model, self.corpus).mean()))])
-        except (KeyboardInterrupt, SystemExit):
-            self._flush(metrics, pending, None)
-            self.save_state()
-            raise
-        seconds = time.monotonic() - begun
+                    self.pending.append((self.done + 1, (self.done + 1) * config.tokens_per_step, lr, *self.step()))
+                    self._look(caught, eval_interval, state_seconds, progress)
+                self.writer.wait()
+            except OSError as error:
+                raise LawaError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
+                                "last state") from None
+            finally:
+                self.loader.close()
+                self.writer.close()
+        if self.rank == 0:
+            self._summarize(first, time.monotonic() - begun)
+
+    def _look(self, caught: list, eval_interval: int, state_seconds: float, progress) -> None:
+        """After a step: losses, checkpoints, states and signals, each when it is due."""
+        at_checkpoint = self.done % self.config.ckpt_interval == 0
+        look = at_checkpoint or self.done % READ_EVERY == 0 or self.done == self.config.max_iters
+        if look or (caught and self.world == 1):
+            stop = self._flush(bool(caught), progress)
+            if self.rank == 0 and at_checkpoint and self.done in self.written:
+                self.save_checkpoint()
+            if self.rank == 0 and (stop or (at_checkpoint and time.monotonic() - self.saved >= state_seconds)):
+                self.save_state()
+                self.saved = time.monotonic()
+            if stop:
+                self.writer.wait()
+                raise KeyboardInterrupt if caught == [signal.SIGINT] else SystemExit(128 + signal.SIGTERM)
+        if self.rank == 0 and eval_interval and self.done % eval_interval == 0:
+            self.val.write([(self.done, float(evaluate(self.model, self.corpus).mean()))])
+
+    def _flush(self, stop: bool, progress) -> bool:
+        """Read and write the pending losses, the mean over ranks; returns whether any rank was told to stop."""
+        told = torch.full((2,), float(stop), device=self.device)
+        numbers = torch.stack([*(torch.stack([loss, norm]) for *_, loss, norm in self.pending), told])
+        if self.world > 1:
+            torch.distributed.all_reduce(numbers)
+            numbers /= self.world
+        *pairs, (stopped, _) = numbers.tolist()
+        rows = [(step, tokens, lr, *pair) for (step, tokens, lr, *_), pair in zip(self.pending, pairs, strict=True)]
+        self.pending.clear()
+        for step, _, lr, loss, norm in rows:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise LawaError(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step} (learning rate {lr:.2e}); "
+                                "lower the rate; the checkpoints and the state before are kept")
+        self.metrics.write(rows)
+        if progress and rows and self.rank == 0:
+            progress(self.done, self.config.max_iters, rows[-1][3])
+        return stopped > 0
+
+    def _summarize(self, first: int, seconds: float) -> None:
         summary = {"steps": self.done, "parameters": self.model.size(), "seconds": round(seconds, 1),
-                   "tokens_per_second": round((self.done - first) * config.tokens_per_step / max(seconds, 1e-9)),
+                   "tokens_per_second": round((self.done - first) * self.config.tokens_per_step / max(seconds, 1e-9)), "ranks": self.world,
                    "threads": torch.get_num_threads(), "device": self.device.type, "torch": torch.__version__}
         with lawa_core.replacing(self.folder / "summary.json") as part:
             part.write_text(json.dumps(summary, indent=1))
         (self.folder / "resume.pt").unlink(missing_ok=True)
 
-    def _flush(self, metrics: _Table, pending: list, progress) -> None:
-        rows = [(step, tokens, lr, float(loss), float(norm)) for step, tokens, lr, loss, norm in pending]
-        pending.clear()
-        for step, _, lr, loss, _ in rows:
-            if not math.isfinite(loss):
-                raise LawaError(f"{self.folder.name}: the loss is {loss} at step {step} (learning rate {lr:.2e}); lower --lr; the checkpoints before are kept")
-        metrics.write(rows)
-        if progress and rows:
-            progress(self.done, self.config.max_iters, rows[-1][3])
-
 
 class _Table:
-    """A CSV that grows row by row, cut back to the step a run resumes from."""
+    """A CSV that grows row by row, cut back to the step a run resumes from; one that is not `kept` ignores its rows."""
 
-    def __init__(self, path: Path, columns, done: int):
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines[1:] if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= done]
+    def __init__(self, path: Path, columns, done: int, kept: bool):
+        self.path, self.kept = path, kept
+        if not kept:
+            return
+        lines = path.read_text().splitlines()[1:] if path.exists() else []
+        whole = [line for line in lines if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= done]
         with lawa_core.replacing(path) as part:
-            part.write_text("\n".join([",".join(columns), *kept, ""]))
-        self.path = path
+            part.write_text("\n".join([",".join(columns), *whole, ""]))
 
     def write(self, rows) -> None:
-        with open(self.path, "a") as file:
-            file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
+        if self.kept:
+            with open(self.path, "a") as file:
+                file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
 
 
 @contextlib.contextmanager
-def _terminated():
-    """Inside, SIGTERM raises SystemExit at a point where the state can be saved; only a main thread may do so."""
+def _signals():
+    """Inside, Ctrl-C and SIGTERM are noted in the list, for the loop to act between two steps; a second Ctrl-C interrupts at once."""
+    caught = []
+
+    def note(number, _):
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number))
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    except ValueError:
-        yield
-        return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: its signals are not ours
+        before = {}
     try:
-        yield
+        yield caught
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path]:
     """Train the runs that are not finished, `jobs` processes at a time sharing the cores, and return all run folders, in order.
 
-    jobs: default one per core on a CPU (small models use one core best), one on a GPU. Prints a line with rate and time left every `every` seconds.
-    Errors: LawaError that names each failed run and its message, once all others are done. Interrupted, the runs save their state.
+    jobs: default $LAWA_JOBS, else one per core on a CPU (small models use one core best), one on a GPU. Prints a line with rate and time
+    left every `every` seconds. Errors: LawaError that names each failed run and its message, once all others are done. Interrupted, the
+    runs save their state.
     """
-    configs = list(configs)
-    folders = [run_dir(config) for config in configs]
-    waiting = {folder: config for folder, config in zip(folders, configs, strict=True) if not (folder / "summary.json").exists()}
+    folders = {run_dir(config): config for config in configs}
+    missing = {folder: config for folder, config in folders.items() if not (folder / "summary.json").exists()}
     cores = os.cpu_count() or 1
-    jobs = min(jobs or (1 if pick_device().type == "cuda" else cores), max(len(waiting), 1))
-    total, begun, told, already = sum(config.max_iters for config in waiting.values()), time.monotonic(), 0.0, sum(map(steps_done, waiting))
-    running, failed, missing = {}, [], dict(waiting)
+    jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores)
+    threads = str(max(cores // min(jobs, max(len(missing), 1)), 1))
+    report, running, failed = _Report(missing, every), {}, []
     try:
         while missing or running:
             while missing and len(running) < jobs:
                 folder = next(iter(missing))
-                command = [sys.executable, str(ROOT / "model.py"), "train", *flags(missing.pop(folder)), "--out_dir", str(folder), "--threads", str(max(cores // jobs, 1))]
-                running[folder] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            time.sleep(0.2)
+                command = [sys.executable, str(ROOT / "model.py"), "train", *flags(missing.pop(folder))]
+                running[folder] = subprocess.Popen([*command, "--out_dir", str(folder), "--threads", threads],
+                                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            time.sleep(0.1)
             for folder, process in [(f, p) for f, p in running.items() if p.poll() is not None]:
                 del running[folder]
                 if process.returncode:
-                    failed.append(f"{folder.name}: {(process.stderr.read().strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
-            if time.monotonic() - told > every or not (missing or running):
-                told, done = time.monotonic(), sum(map(steps_done, waiting))
-                rate = (done - already) / (told - begun)
-                print(f"training: {len(waiting) - len(missing) - len(running)} of {len(waiting)} runs, {done:,} of {total:,} steps, {rate:.1f} steps/s, "
-                      f"{(total - done) / max(rate, 1e-9):.0f} s left", flush=True)
+                    message = (process.stderr.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+                    failed.append(f"{folder.name}: {message.removeprefix('error: ')}")
+            report(len(missing) + len(running))
     finally:
         for process in running.values():
             process.terminate()
@@ -736,7 +973,27 @@ def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path
             process.wait()
     if failed:
         raise LawaError("; ".join(failed))
-    return folders
+    return [run_dir(config) for config in configs]
+
+
+class _Report:
+    """A line every few seconds about runs that other processes train: how many, steps, rate, time left."""
+
+    def __init__(self, runs: dict[Path, Config], every: float):
+        self.runs, self.every, self.begun, self.told = dict(runs), every, time.monotonic(), time.monotonic()
+        self.total, self.first = sum(config.max_iters for config in runs.values()), self._done()
+
+    def _done(self) -> int:
+        return sum(map(steps_done, self.runs))
+
+    def __call__(self, unfinished: int) -> None:
+        now = time.monotonic()
+        if self.runs and (now - self.told >= self.every or not unfinished):
+            self.told, done = now, self._done()
+            rate = (done - self.first) / (now - self.begun)
+            left = f"{(self.total - done) / rate:.0f} s left" if rate else "starting"
+            print(f"training: {len(self.runs) - unfinished} of {len(self.runs)} runs, {done:,} of {self.total:,} steps, "
+                  f"{rate:.1f} steps/s, {left}", flush=True)
 
 
 def steps_done(folder: Path) -> int:
@@ -756,6 +1013,7 @@ def flags(config: Config) -> list[str]:
 # ---- 6. Evaluation ------------------------------------------------------------------------------------------------------------------
 
 BLOCKS = 128  # validation blocks by default
+VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row in eval.csv
 
 
 @torch.inference_mode()
@@ -767,7 +1025,7 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
     block, device, training = model.config.block_size, next(model.parameters()).device, model.training
     n_blocks = min(n_blocks, (len(corpus.val) - 1) // block)
     if n_blocks < 1:
-        raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than one block of {block}")
+        raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than {block}, and n_blocks of at least 1")
     starts = np.linspace(0, len(corpus.val) - block - 1, n_blocks).astype(np.int64)
     tokens = torch.from_numpy(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64))
     half = torch.float16 if next(model.parameters()).dtype == torch.float16 else torch.bfloat16
@@ -782,115 +1040,159 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
     return torch.cat(losses).numpy()
 
 
-def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", every: float = 5.0) -> list[dict]:
+def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *, model: GPT | None = None,
+                        corpus: Corpus | None = None, every: float = 5.0) -> list[dict]:
     """Losses of a run and of averages along it, each checkpoint read once; kept in eval.csv beside the run, so nothing is evaluated twice.
 
-    Args: run: run folder; schemes: {label: scheme}; at: target steps, default all checkpoints; n_blocks: validation blocks.
+    Args: run: run folder, or any trajectory if `model` (of its shape; its weights are overwritten) and `corpus` are given; schemes:
+    {label: scheme, or the text of an average kept while training}; at: target steps, default all checkpoints; n_blocks: validation blocks;
+    every: seconds between lines of progress.
     Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se", "n_blocks"}: loss in nats per token with its
     standard error over blocks, bpb in bits per byte of text, gain = run minus average on the same blocks (positive is good). The run itself
     is the scheme "run".
     """
-    run, device = Path(run), pick_device(device)
-    config = json.loads((run / "config.json").read_text())
-    corpus, trajectory = open_corpus(config["corpus"]), lawa_core.open_trajectory(run)
+    device, trajectory = pick_device(device), lawa_core.open_trajectory(run)
+    if model is None:
+        config = json.loads((Path(run) / "config.json").read_text())
+        corpus = open_corpus(config["corpus"])
+        model = GPT(preset(config["preset"], corpus.vocab_size))
+    folder = Path(run) if isinstance(run, (str, os.PathLike)) and Path(run).is_dir() else None
     schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
-    cache = _read_cache(run / "eval.csv")
-    missing = [step for step in at if any((step, str(scheme), n_blocks) not in cache for scheme in schemes.values())]
-    wanted = {name: scheme for name, scheme in schemes.items() if name == "run" or any((step, str(scheme), n_blocks) not in cache for step in missing)}
+    cache = _Cache(folder and folder / "eval.csv", n_blocks)
+    missing = [step for step in at if any(cache.get(step, scheme) is None for scheme in schemes.values())]
+    wanted = {name: scheme for name, scheme in schemes.items() if name == "run" or any(cache.get(step, scheme) is None for step in missing)}
+    model, own, begun, told = model.to(device), None, time.monotonic(), time.monotonic()
+    for done, (step, name, state) in enumerate(_states(trajectory, folder, wanted, missing), 1):
+        model.load_state_dict(state)
+        losses = evaluate(model, corpus, n_blocks)
+        own = losses if name == "run" else own  # comes first at every step
+        cache.add(step, schemes[name], losses, own)
+        if time.monotonic() - told > every:
+            told, total = time.monotonic(), len(missing) * len(wanted)
+            rate = done / (told - begun)
+            print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f}/s, {(total - done) / rate:.0f} s left", flush=True)
+            cache.write()
     if missing:
-        model, done, told = GPT(preset(config["preset"], corpus.vocab_size)).to(device), 0, time.monotonic()
-        own = None
-        for step, name, state in lawa_core.sweep(trajectory, wanted, missing):
-            model.load_state_dict(state)
-            losses = evaluate(model, corpus, n_blocks)
-            own = losses if name == "run" else own  # comes first at every step
-            _add(cache, step, str(schemes[name]), n_blocks, losses, own)
-            done += 1
-            if time.monotonic() - told > every:
-                told = time.monotonic()
-                print(f"evaluating {run.name}: {done} of {len(missing) * len(wanted)} models", flush=True)
-        _write_cache(run / "eval.csv", cache)
+        cache.write()
     scale = 1 / math.log(2) / corpus.val_bytes_per_token
-    return [{"run": run.name, "step": step, "scheme": name, "bpb": cache[step, str(scheme), n_blocks]["loss"] * scale, "n_blocks": n_blocks,
-             **cache[step, str(scheme), n_blocks]} for step in at for name, scheme in schemes.items()]
+    found = [(step, name, cache.get(step, scheme)) for step in at for name, scheme in schemes.items()]
+    return [{"run": trajectory.name, "step": step, "scheme": name, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
+            for step, name, values in found]
+
+
+def export_steps(run, dtype=torch.float16) -> Path:
+    """A run's checkpoints as Hugging Face folders RUN/hub/step<N>/, as a public model's revisions are; those already there are kept."""
+    run = Path(run)
+    config = json.loads((run / "config.json").read_text())
+    shape, trajectory = preset(config["preset"], open_corpus(config["corpus"]).vocab_size), lawa_core.open_trajectory(run)
+    for step in trajectory.steps:
+        folder = run / "hub" / f"step{step}"
+        if not (folder / "config.json").exists():  # the last file written
+            save_hf(folder, shape, {name: tensor.to(dtype) for name, tensor in trajectory[step].items()})
+    return run / "hub"
 
 
 def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, device: str = "auto", on_disk: bool = False, cache=None,
            each=None, every: float = 5.0) -> list[dict]:
-    """Losses of a public model's checkpoints, and of averages along them, one model on the device at a time; nothing is trained.
+    """Losses of a public model's checkpoints, and of averages along them; nothing is trained, and one model is on the device at a time.
 
-    Averages are made while the model before is evaluated. Args: source: Hugging Face step folders, or "hub:NAME" and what else
+    Each average is made while the model before it is evaluated. Args: source: Hugging Face step folders, "hub:NAME", or what else
     `open_trajectory` takes; schemes: {label: scheme}; corpus: text in the model's own tokens; on_disk: the window stays in files, see
-    `lawa_core.stream`; cache: a CSV of finished rows, written after every step, so that an interrupted replay goes on; each: called with (step,
+    `lawa_core.stream`; cache: a CSV of finished rows, written after every step: an interrupted replay goes on; each: called with (step,
     label, {Hugging Face's name: tensor}) before the evaluation. Returns the rows of `evaluate_trajectory`.
     """
     trajectory, device = lawa_core.open_trajectory(source), pick_device(device)
     schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
-    done = _read_cache(Path(cache)) if cache else {}
-    missing = [step for step in at if any((step, str(scheme), n_blocks) not in done for scheme in schemes.values())]
-    states, config, gpt = lawa_core.stream(trajectory, schemes, missing, on_disk), hf_config(trajectory.companions()), None
-    own, begun, told, count, coming = None, time.monotonic(), 0.0, 0, lawa_core.soon(next, states, None)
+    done = _Cache(cache and Path(cache), n_blocks)
+    missing = [step for step in at if any(done.get(step, scheme) is None for scheme in schemes.values())]
+    states, gpt, own = lawa_core.stream(trajectory, schemes, missing, on_disk), None, None
+    begun, told, count, total = time.monotonic(), 0.0, 0, len(missing) * len(schemes)
+    coming = lawa_core.soon(next, states, None)
     while item := coming.result():
         step, label, state = item
         if gpt is None:  # in half precision where the files are and the device is made for it
             half = device.type == "cuda" and next(iter(state.values())).dtype == torch.float16
-            gpt = blank(config, device, torch.float16 if half else torch.float32)
+            gpt = blank(hf_config(trajectory.companions()), device, torch.float16 if half else torch.float32)
         if each:
             each(step, label, state)
         fill(gpt, state)
-        item = state = coming = None  # before the next one is made, so that there is only ever one
+        item = state = coming = None  # let go before the next one is made: there is only ever one
         coming, losses = lawa_core.soon(next, states, None), evaluate(gpt, corpus, n_blocks)
-        own = losses if label == "run" else own
-        _add(done, step, str(schemes[label]), n_blocks, losses, own)
-        count += 1
-        if cache and label == list(schemes)[-1]:
-            _write_cache(Path(cache), done)
+        own, count = losses if label == "run" else own, count + 1
+        done.add(step, schemes[label], losses, own)
+        if label == list(schemes)[-1]:
+            done.write()
         if time.monotonic() - told > every:
             told, rate = time.monotonic(), count / (time.monotonic() - begun)
-            print(f"{trajectory.name}: {count} of {len(missing) * len(schemes)} models evaluated, step {step}, "
-                  f"{(len(missing) * len(schemes) - count) / rate:.0f} s left", flush=True)
+            print(f"{trajectory.name}: step {step}, {count} of {total} models evaluated, {(total - count) / rate:.0f} s left", flush=True)
     scale = 1 / math.log(2) / corpus.val_bytes_per_token
-    return [{"run": trajectory.name, "step": step, "scheme": label, "bpb": done[step, str(scheme), n_blocks]["loss"] * scale,
-             "n_blocks": n_blocks, **done[step, str(scheme), n_blocks]} for step in at for label, scheme in schemes.items()]
+    found = [(step, label, done.get(step, scheme)) for step in at for label, scheme in schemes.items()]
+    return [{"run": trajectory.name, "step": step, "scheme": label, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
+            for step, label, values in found]
 
 
-def _add(cache: dict, step: int, scheme: str, n_blocks: int, losses: np.ndarray, own: np.ndarray) -> None:
-    gains, root = own - losses, math.sqrt(len(losses))
-    spread = {"loss_se": losses.std(ddof=1) / root, "gain_se": gains.std(ddof=1) / root} if len(losses) > 1 else {"loss_se": math.nan, "gain_se": math.nan}
-    cache[step, scheme, n_blocks] = {"loss": float(losses.mean()), "gain": float(gains.mean()), **{name: float(value) for name, value in spread.items()}}
+def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterator[tuple[int, str, dict]]:
+    """(step, name, weights): averages along the trajectory, each followed at its step by those kept while training."""
+    kept = {name: folder / average_dir(text) for name, text in schemes.items() if isinstance(text, str)}
+    rows = {name: scheme for name, scheme in schemes.items() if name not in kept}
+    for step, name, state in lawa_core.sweep(trajectory, rows, at) if at else ():
+        yield step, name, state
+        if name == list(rows)[-1]:
+            for own, path in kept.items():
+                yield step, own, dict(lawa_core.open_checkpoint(path / checkpoint_name(step)))
 
 
-def _read_cache(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {(int(row["step"]), row["scheme"], int(row["n_blocks"])): {name: float(row[name]) for name in ("loss", "loss_se", "gain", "gain_se")}
-                for row in csv.DictReader(file)}
+class _Cache:
+    """eval.csv: what was evaluated before. Several notebooks may add to one file at a time; with no path, nothing is kept."""
 
+    def __init__(self, path: Path | None, n_blocks: int):
+        self.path, self.n_blocks, self.rows = path, n_blocks, {}
+        if path and path.exists():
+            with open(path, newline="") as file:
+                self.rows = {(int(row["step"]), row["scheme"], int(row["n_blocks"])): {name: float(row[name]) for name in VALUES}
+                             for row in csv.DictReader(file)}
 
-def _write_cache(path: Path, cache: dict) -> None:
-    with lawa_core.replacing(path) as part, open(part, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("step", "scheme", "n_blocks", "loss", "loss_se", "gain", "gain_se"))
-        writer.writerows([*key, *(repr(values[name]) for name in ("loss", "loss_se", "gain", "gain_se"))] for key, values in sorted(cache.items()))
+    def get(self, step: int, scheme) -> dict | None:
+        return self.rows.get((step, str(scheme), self.n_blocks))
+
+    def add(self, step: int, scheme, losses: np.ndarray, own: np.ndarray) -> None:
+        def mean_se(x):
+            return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+        self.rows[step, str(scheme), self.n_blocks] = dict(zip(VALUES, (*mean_se(losses), *mean_se(own - losses)), strict=True))
+
+    def write(self) -> None:
+        if not self.path:
+            return
+        with _locked(self.path.parent):
+            rows = _Cache(self.path, self.n_blocks).rows | self.rows
+            with lawa_core.replacing(self.path) as part, open(part, "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(("step", "scheme", "n_blocks", *VALUES))
+                writer.writerows([*key, *(repr(values[name]) for name in VALUES)] for key, values in sorted(rows.items()))
 
 
 # ---- 7. Scales ----------------------------------------------------------------------------------------------------------------------
 
-# One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The gpt2 scales are the paper's settings with the batch
-# re-cut for one GPU (same tokens per step); the paper does not give its spacing, so those three are ours.
-_RECIPE = {"corpus": "openwebtext", "max_iters": 70_000, "warmup_iters": 2000, "seeds": "0", "k": 5, "n_blocks": 512}
+# One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The gpt2 scales are the paper's settings
+# with the batch re-cut for one GPU (same tokens per step); the paper does not give its spacing, so those three are ours.
+_OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512, "averages": "ema(0.9); ema(0.999)"}
+_PAPER = {**_OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
 SCALES = {
-    "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 300, "batch_size": 8, "warmup_iters": 30, "ckpt_interval": 10, "seeds": "0,1",
-              "k": 5, "spacing": 10, "n_blocks": 128},
-    "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100, "ckpt_interval": 20,
-               "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 128},
-    "gpt2-small": {**_RECIPE, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200, "spacing": 1000},
-    "gpt2-medium": {**_RECIPE, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12, "accumulation": 12, "ckpt_interval": 2000, "spacing": 2000},
-    "gpt2-large": {**_RECIPE, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "accumulation": 6, "ckpt_interval": 1000, "spacing": 1000,
-                   "min_lr_frac": 0.005},
+    "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8, "warmup_iters": 40, "ckpt_interval": 10,
+              "seeds": "0,1", "k": 3, "spacing": 10, "n_blocks": 64, "averages": "ema(0.9); ema(0.98)"},
+    "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100,
+               "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 64, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
+    "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "warmup_iters": 300, "batch_size": 32,
+                 "accumulation": 4, "ckpt_interval": 100, "spacing": 100},
+    "gpt2-small": {**_PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200,
+                   "spacing": 1000},
+    "gpt2-medium": {**_PAPER, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12, "accumulation": 12, "ckpt_interval": 2000,
+                    "spacing": 2000},
+    "gpt2-large": {**_PAPER, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "accumulation": 6, "ckpt_interval": 1000,
+                   "spacing": 1000, "min_lr_frac": 0.005},
 }
-GPUS = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}  # dense bf16 peaks, FLOP/s, from the makers' data sheets
+DEVICES = {  # sustained FLOP/s and memory in GB: for GPUs 40% of the dense bf16 peak on the maker's data sheet, for CPU cores measured
+    "two CPU cores": (60e9, 16), "RTX 4090": (66e12, 24), "A100": (125e12, 80), "H100": (396e12, 80)}
 
 
 def scale_values(name: str) -> dict:
@@ -905,25 +1207,68 @@ def scale_config(values, **given) -> Config:
     return Config(**{name: value for name, value in (dict(values) | given).items() if name in names})
 
 
-def cost(config: Config, vocab_size: int = 50_304) -> dict:
-    """What a run takes: parameters, tokens, FLOPs (6 per parameter and token, attention 12 L C T per token: PaLM's count), bytes."""
-    shape = preset(config.preset, vocab_size)
+@functools.cache
+def _parameters(shape: GPTConfig) -> tuple[int, int]:
+    """(all parameters, those without position embeddings)."""
     with torch.device("meta"):
-        parameters = GPT(shape).size()
-    tokens = config.tokens_per_step * config.max_iters
-    flops = tokens * (6 * parameters + 12 * shape.n_layer * shape.n_embd * shape.block_size)
-    return {"parameters": parameters, "tokens": tokens, "flops": flops, "checkpoint_bytes": 4 * parameters * len(config.checkpoint_steps),
-            "state_bytes": 16 * parameters}  # weights, gradients and AdamW's two moments, fp32
+        model = GPT(shape)
+    return sum(p.numel() for p in model.parameters()), model.size()
 
 
-def plan(configs, rates: dict[str, float] | None = None) -> str:
-    """A few lines: what the runs cost, and the hours at each rate (FLOP/s sustained; default: 40% of common GPUs' peaks)."""
-    costs = [cost(config) if not Path(DATA / config.corpus / "meta.json").exists() else cost(config, open_corpus(config.corpus).vocab_size) for config in configs]
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
+    """What one checkpoint and those of the averages kept while training take on disk: float32 weights."""
+    return 4 * _parameters(preset(config.preset, vocab_size))[0] * (1 + len(config.online))
+
+
+def cost(config: Config, vocab_size: int = 50_257, keep=None, disk_budget: float = math.inf) -> dict:
+    """What a run takes: parameters, tokens, FLOPs (6 per parameter and token, attention 12 L C T per token: PaLM's count), bytes by part.
+
+    Activations: 34 bytes per token, layer and unit of width in bf16 (arXiv 2205.05198, without attention scores), twice that in fp32, and
+    the logits with their gradient.
+    """
+    shape, (every, counted) = preset(config.preset, vocab_size), _parameters(preset(config.preset, vocab_size))
+    tokens = config.tokens_per_step * (config.max_iters - config.init_step)
+    copies = {lawa_core.ema: 1, lawa_core.swa: 2, lawa_core.lawa: 0}  # in float32; SWA sums in double, LAWA's window lies on the CPU
+    wide, micro = 1 if config.dtype == "bf16" else 2, config.batch_size * shape.block_size
+    memory = {"weights": 4 * every, "gradients": 4 * every, "AdamW": 8 * every,
+              "averages": sum(4 * every * copies[type(scheme)] for scheme in config.online.values()),
+              "activations": micro * shape.n_layer * shape.n_embd * 34 * wide, "logits": micro * shape.vocab_size * (4 + 4 * wide)}
+    flops = tokens * (6 * counted + 12 * shape.n_layer * shape.n_embd * shape.block_size)
+    disk = checkpoint_bytes(config, vocab_size) * len(kept_steps(config, vocab_size, keep, disk_budget))
+    return {"parameters": counted, "tokens": tokens, "flops": flops, "memory": memory, "checkpoint_bytes": disk}
+
+
+def plan(configs, keep=None, disk_budget: float = math.inf) -> str:
+    """A few lines: what the runs take, time on common devices, and whether disk and memory suffice here. Other arguments as for `train`."""
+    device = pick_device()
+    configs = [config.resolved(device) for config in configs]
+    sizes = {name: open_corpus(name).vocab_size if _is_corpus(name) else 50_257 for name in {config.corpus for config in configs}}
+    costs = [cost(config, sizes[config.corpus], keep, disk_budget) for config in configs]
     flops, disk = sum(c["flops"] for c in costs), sum(c["checkpoint_bytes"] for c in costs)
-    rates = rates or {f"{name} at 40% of its peak": 0.4 * peak for name, peak in GPUS.items()}
-    return "\n".join([f"{len(costs)} runs of {costs[0]['parameters'] / 1e6:.2f}M parameters and {costs[0]['tokens'] / 1e6:,.1f}M tokens, {flops:.2e} FLOPs in all",
-                      f"checkpoints {disk / 1e9:.2f} GB on disk, {costs[0]['state_bytes'] / 1e9:.2f} GB of weights and optimizer in memory, besides activations",
-                      *(f"{flops / rate / 3600:.2f} hours on {name}" for name, rate in rates.items())])
+    parts = max((c["memory"] for c in costs), key=lambda parts: sum(parts.values()))
+    memory, free = sum(parts.values()), shutil.disk_usage(next(path for path in (RUNS, *RUNS.parents) if path.exists())).free
+    there = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    times = [f"{_duration(flops / rate)} on {name} at {rate / 1e12:g} TFLOP/s{' (too small)' if memory > size * 1e9 else ''}"
+             for name, (rate, size) in DEVICES.items()]
+    return "\n".join([
+        f"{len(costs)} run{'s' * (len(costs) > 1)}: up to {max(c['parameters'] for c in costs) / 1e6:.2f}M parameters in "
+        f"{configs[0].dtype}, {sum(c['tokens'] for c in costs) / 1e6:,.1f}M tokens, {flops:.2e} FLOPs in all",
+        f"time: about {', '.join(times)}",
+        f"disk: {disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.0f} GB free: "
+        f"{'enough' if disk < free else 'NOT ENOUGH; raise ckpt_interval, or set disk_budget and keep'}",
+        f"memory: {memory / 1e9:.2f} GB ({', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items() if size)}), "
+        f"{there / 1e9:.0f} GB on this {device.type}: {'enough' if memory < there else 'NOT ENOUGH; lower batch_size'}"])
+
+
+def _is_corpus(name: str) -> bool:
+    return any((folder / "meta.json").exists() for folder in (DATA / name, Path(name)))
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400 * 2), ("hours", 3600 * 2), ("minutes", 120)):
+        if seconds >= size:
+            return f"{seconds / size * 2:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 # ---- 8. Text ------------------------------------------------------------------------------------------------------------------------
@@ -948,39 +1293,54 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
 EXAMPLES = """examples
   python model.py train --preset micro --corpus stdlib --lr 1e-3 --max_iters 200 --seed 0
   python model.py train --scale gpt2-small --lr 6e-3        the paper's high rate
+  torchrun --nproc_per_node=4 model.py train --scale gpt2-small
   python model.py plan --scale gpt2-small
   python model.py sample RUN --scheme "lawa(k=5, spacing=20)" --prompt "def main("
 exit status: 0 done, 1 the run failed, 2 bad usage or input, 130/143 interrupted with its state saved (the same command goes on)"""
+TRAIN = (  # options of `train` that do not change the numbers: name, type, default, help
+    ("out_dir", str, None, "the run folder (default: runs/<corpus>-<preset>-<hash of the configuration>)"),
+    ("device", str, "auto", "cpu, cuda, mps (default: the best there is)"),
+    ("threads", int, None, "CPU threads (default: torch's choice)"),
+    ("eval_interval", int, 0, "steps between validation losses, in val.csv (default: none)"),
+    ("state_seconds", float, 30.0, "seconds between resume states, which are written at checkpoints (default 30)"))
+SAMPLE = (("scheme", str, None, 'average first, for example "lawa(k=5, spacing=20)"'), ("at", int, None, "step (default: the newest)"),
+          ("prompt", str, "\n", "text to go on from"), ("tokens", int, 200, "tokens of text (default 200)"),
+          ("temperature", float, 0.8, "0: the likeliest token (default 0.8)"), ("seed", int, 0, "of the draws"))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("model.py", description="Train and sample small and large GPT-2s.", epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("model.py", description="Train and sample small and large GPTs.", **style)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train a run, or go on with it"), ("plan", "print what a run costs")):
-        sub = commands.add_parser(name, help=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in (("train", "train a run, or go on with it"), ("plan", "print what a run would take, and whether it fits here")):
+        sub = commands.add_parser(name, help=text, description=text, **style)
         sub.add_argument("--scale", help=f"start from the values of {', '.join(SCALES)}")
         for f in dataclasses.fields(Config):
-            sub.add_argument(f"--{f.name}", type=type(f.default), help=f"{f.metadata['help']} (default {f.default!r})")
+            sub.add_argument(f"--{f.name}", type=type(f.default), help=f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%"))
+        sub.add_argument("--keep", help='write only checkpoints that this scheme needs, e.g. "lawa(k=5, spacing=200)", for as many targets '
+                         "as fit --disk_budget")
+        sub.add_argument("--disk_budget", type=float, help="GB that this run's checkpoints may take (default: no limit)")
         if name == "train":
-            sub.add_argument("--out_dir", help="the run folder (default: runs/<corpus>-<preset>-<hash of the configuration>)")
-            sub.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the best there is)")
-            sub.add_argument("--threads", type=int, help="CPU threads")
+            for flag, kind, default, help in TRAIN:
+                sub.add_argument(f"--{flag}", type=kind, default=default, help=help)
             sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-            sub.add_argument("--eval_interval", type=int, default=0, help="steps between validation losses, in val.csv (default: none)")
-            sub.add_argument("--state_seconds", type=float, default=30, help="seconds between resume states (default 30)")
-    sub = commands.add_parser("sample", help="print text from a run or its average", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = commands.add_parser("sample", help="print text from a run or its average", **style)
     sub.add_argument("run", help="run folder")
-    sub.add_argument("--scheme", help='average first, for example "lawa(k=5, spacing=20)"')
-    for flag, default, help in (("prompt", "\n", "text to go on from"), ("tokens", 200, "tokens of text"), ("temperature", 0.8, "0: the likeliest token"),
-                                ("seed", 0, "of the draws"), ("at", None, "step (default: the newest)")):
-        sub.add_argument(f"--{flag}", type=type(default) if default is not None else int, default=default, help=help)
+    for flag, kind, default, help in SAMPLE:
+        sub.add_argument(f"--{flag}", type=kind, default=default, help=help)
     return parser
 
 
 class _Bar(lawa_core.Progress):
     def __call__(self, step, max_iters, loss):
         super().__call__(step, max_iters, f"loss {loss:.3f}")
+
+
+def _configured(args: dict) -> Config:
+    """Take the configuration out of the command line's values."""
+    given = {f.name: args.pop(f.name) for f in dataclasses.fields(Config)}
+    scale = args.pop("scale")
+    return scale_config(scale_values(scale) if scale else {}, **{name: value for name, value in given.items() if value is not None})
 
 
 def main(argv=None) -> int:
@@ -991,13 +1351,16 @@ def main(argv=None) -> int:
             args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
             print(sample(**args))
             return 0
-        given = {f.name: args.pop(f.name) for f in dataclasses.fields(Config)}
-        scale = args.pop("scale")
-        config = scale_config(scale_values(scale) if scale else {}, **{name: value for name, value in given.items() if value is not None})
-        print(plan([config]) if command == "plan" else train(config, **args, progress=_Bar("steps", 1)))
+        config = _configured(args)
+        args["keep"] = args["keep"] and lawa_core.parse_scheme(args["keep"])
+        args["disk_budget"] = math.inf if args["disk_budget"] is None else args["disk_budget"] * 1e9
+        print(plan([config], **args) if command == "plan" else train(config, **args, progress=_Bar("steps", 1)))
     except KeyboardInterrupt:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
         return 130
+    except SystemExit:
+        print("terminated, state saved; the same command goes on", file=sys.stderr)
+        raise
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) else 1

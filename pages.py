@@ -148,22 +148,21 @@ def verdicts(entry: Entry) -> list[dict]:
 
 
 def claims(entries: list[Entry]) -> str:
-    """The table of all claims; on a narrow screen each row becomes a card, with the headings taken from data-label."""
-    rows = "".join(claim_row(entry, verdict) for entry in entries for verdict in verdicts(entry))
-    if not rows:
-        return "<p>No notebook has recorded a verdict.</p>"
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Published", "Measured here", "n", "Verdict"))
-    return f'<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p class="small">{SOURCES}</p>'
+    """A card per claim."""
+    cards = "".join(card(entry, verdict) for entry in entries for verdict in verdicts(entry))
+    return f'<ul class="cards">{cards}</ul><p class="small">{SOURCES}</p>' if cards else "<p>No notebook has recorded a verdict.</p>"
 
 
-def claim_row(entry: Entry, verdict: dict) -> str:
-    ours = text(verdict.get("ours")) + small(verdict.get("evidence"))
-    return (
-        f'<tr><th scope="row">{anchor(entry, verdict.get("claim"))}</th>'
-        f'<td data-label="Published"><div>{text(verdict.get("paper"))}{small(verdict.get("paper_source"))}</div></td>'
-        f'<td data-label="Measured here"><div>{ours}</div></td>'
-        f'<td data-label="n">{text(verdict.get("n"))}</td><td data-label="Verdict">{badge(verdict)}</td></tr>'
-    )
+def card(entry: Entry, verdict: dict) -> str:
+    """Published value beside ours, with the figure that shows it."""
+    figure = href(entry, str(verdict.get("figure") or ""))
+    image = f'<a class="paper" href="#{quote(entry.name)}"><img loading="lazy" src="{figure}" alt=""></a>' if figure else ""
+    rows = (("Published", text(verdict.get("paper")) + small(verdict.get("paper_source"))),
+            ("Here", text(verdict.get("ours")) + small(verdict.get("evidence"))),
+            ("n", f"{text(verdict.get('n'))}, scale {text(entry.record.get('scale'))}"))
+    facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
+    command = f"<details><summary>command</summary><pre>{text(entry.record.get('command'))}</pre></details>"
+    return f'<li>{badge(verdict)}<h3>{anchor(entry, verdict.get("claim"))}</h3>{image}<dl>{facts}</dl>{command}</li>'
 
 
 def section(entry: Entry) -> str:
@@ -214,6 +213,7 @@ def source(entry: Entry) -> str:
     record = entry.record
     facts = [f"scale {text(record.get('scale'))}", duration(seconds(record)), text(record.get("finished"))]
     files = [(f"{entry.name}.ipynb", "executed notebook"), (str(record.get("rows") or "rows.csv"), "rows as CSV")]
+    files = [(f"{entry.name}.html", "the notebook as a page")] * bool(href(entry, f"{entry.name}.html")) + files
     links = " · ".join([link(entry, file, label) for file, label in files] + facts)
     return f"<pre>{text(record.get('command'))}</pre>{parameters(record)}<p class='small'>{links}</p>"
 
@@ -286,10 +286,15 @@ a { color: var(--link); text-underline-offset: .15em; }
 .yes { color: var(--yes); } .no { color: var(--no); } .open { color: var(--open); }
 .badge { display: inline-block; border: 1.5px solid currentColor; border-radius: 99px; padding: 0 .65em;
   font-weight: 600; font-size: .85rem; white-space: nowrap; }
-table { width: 100%; border-collapse: collapse; font-size: .95rem; }
-th, td { text-align: left; vertical-align: top; padding: .7rem .9rem .7rem 0; border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-size: .8rem; font-weight: 600; border-bottom-width: 2px; }
-tbody th { font-weight: 600; width: 30%; overflow-wrap: anywhere; } td div { overflow-wrap: anywhere; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); list-style: none;
+  margin: 1rem 0; padding: 0; }
+.cards li { border: 1px solid var(--line); border-radius: 12px; padding: 1rem; background: var(--panel); display: flex;
+  flex-direction: column; align-items: flex-start; gap: .6rem; }
+.cards h3 { font-size: 1.02rem; line-height: 1.35; margin: 0; } .cards h3 a { color: inherit; text-decoration: none; }
+.cards h3 a:hover { text-decoration: underline; }
+.cards .paper { display: block; width: 100%; padding: .4rem; } .cards img { width: 100%; aspect-ratio: 16 / 9; object-fit: contain; }
+.cards dl { font: inherit; font-size: .9rem; gap: .35rem .8rem; margin: 0; width: 100%; } .cards dt { color: var(--soft); }
+.cards details { width: 100%; } .cards pre { margin: .4rem 0 0; padding: .5rem .7rem; background: var(--back); }
 .figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; } figure:only-child { max-width: 46rem; }
 .paper { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .75rem; }
@@ -304,16 +309,12 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; mar
 dd { margin: 0; overflow-wrap: anywhere; }
 .notice { border-left: 4px solid var(--no); background: var(--panel); padding: .7rem 1rem; margin: 0 0 1rem; }
 @media screen and (max-width: 760px) {
-  thead { position: absolute; clip-path: inset(50%); }
-  tr { display: block; border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; margin-bottom: .9rem; }
-  th, td { display: flex; gap: .75rem; border: 0; padding: .25rem 0; }
-  tbody th { width: auto; } .tiles { gap: .4rem; } .tiles li { padding: .3rem .6rem; font-size: .85rem; }
-  td::before { content: attr(data-label); flex: 0 0 6.5rem; color: var(--soft); font-size: .85rem; }
+  main { padding: 1.5rem 1rem 3rem; } .tiles { gap: .4rem; } .tiles li { padding: .3rem .6rem; font-size: .85rem; }
 }
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --panel: #fff; --link: #000; --yes: #000; --no: #000;
     --open: #000; }
-  body { font-size: 10.5pt; } main { padding: 0; } figure, tr, pre, p { break-inside: avoid; }
+  body { font-size: 10.5pt; } main { padding: 0; } figure, .cards li, pre, p { break-inside: avoid; }
   h2, .question { break-after: avoid; } details { display: none; }
   section { margin-top: 1.5rem; padding-top: 1rem; } .figures { grid-template-columns: 1fr 1fr; }
 }
@@ -338,12 +339,75 @@ def build(results: Path) -> Path:
     return path
 
 
+# --- publish: what the repository shows of the results ---
+
+
+def publish(results: Path, root: Path) -> Path:
+    """Copy the records and the headline's figure from `results` to docs/, and write README.md's tables anew from docs/ and benchmarks/."""
+    records = [entry.record for entry in read_entries(results) if entry.record]
+    first = next((record for record in records if record.get("notebook") == "lr_sweep"), None)
+    if not first:
+        raise ValueError(f"no record of lr_sweep in {results}; run ./run_all.sh first")
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs/claims.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (root / "docs/gain_over_steps.png").write_bytes((results / "lr_sweep/gain_over_steps.png").read_bytes())
+    return readme(root)
+
+
+def readme(root: Path) -> Path:
+    """README.md with the tables between its `begin` and `end` marks made from docs/claims.json and benchmarks/*.json."""
+    path = root / "README.md"
+    whole = path.read_text(encoding="utf-8")
+    for name, block in blocks(root).items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if whole.count(begin) != 1 or whole.count(end) != 1:
+            raise ValueError(f"README.md must have one {begin} and one {end}")
+        before, rest = whole.split(begin)
+        whole = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+    path.write_text(whole, encoding="utf-8")
+    return path
+
+
+def blocks(root: Path) -> dict[str, str]:
+    """{name: Markdown} of README.md's generated parts, for what there is."""
+    found = {}
+    if (root / "docs/claims.json").exists():
+        records = json.loads((root / "docs/claims.json").read_text(encoding="utf-8"))
+        found |= {"headline": headline(records), "claims": claims_table(records)}
+    for file in sorted((root / "benchmarks").glob("*.json")):
+        found[file.stem] = json.loads(file.read_text(encoding="utf-8"))["markdown"]
+    return found
+
+
+def headline(records: list[dict]) -> str:
+    record = next(record for record in records if record["notebook"] == "lr_sweep")
+    verdict = record["verdicts"][0]
+    return (f"![Gain of LAWA over the run, in nats per token, over training steps, for three learning rates](docs/gain_over_steps.png)\n\n"
+            f"*{verdict['claim']}*: **{outcome(verdict)[1]}** at scale `{record['scale']}` ({verdict['evidence']}): {verdict['ours']}. "
+            f"Published, at 125M parameters: {verdict['paper']} {verdict['paper_source'].split(']')[0]}]. Made by `{record['command']}` in "
+            f"{duration(seconds(record))} on {record['machine']}.")
+
+
+def claims_table(records: list[dict]) -> str:
+    rows = ["| claim | published | here | verdict | n |", "|---|---|---|---|---|"]
+    for record in records:
+        for verdict in record["verdicts"]:
+            cells = (f"{verdict['claim']} (`{record['notebook']}`)", f"{verdict['paper']} {verdict['paper_source']}",
+                     f"{verdict['ours']}; {verdict['evidence']}", outcome(verdict)[1], verdict["n"])
+            rows.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    scales = sorted({record["scale"] for record in records})
+    return "\n".join(rows) + f"\n\nScale {', '.join(scales)}; {duration(sum(map(seconds, records)))} of notebooks in all."
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pages.py", description=__doc__.splitlines()[0])
     default = Path(__file__).resolve().parent / "results"
     parser.add_argument("results", nargs="?", type=Path, default=default, help="default: results/ in the project")
+    parser.add_argument("--publish", action="store_true", help="instead copy records to docs/ and renew README.md's tables")
+    parser.add_argument("--readme", action="store_true", help="instead renew README.md's tables from docs/ and benchmarks/")
+    args, root = parser.parse_args(argv), Path(__file__).resolve().parent
     try:
-        print(build(parser.parse_args(argv).results))
+        print(publish(args.results, root) if args.publish else readme(root) if args.readme else build(args.results))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,9 +13,10 @@ usage() {
 ./run_all.sh [options]    run the notebooks, write results/ and results/index.html
 ./run_all.sh test         ruff, the tests, and every notebook at its committed settings (nbval)
 
-  --scale NAME      smoke, laptop (default), gpt2-small, gpt2-medium, gpt2-large
+  --scale NAME      smoke, laptop (default), gpu-hour, gpt2-small, gpt2-medium, gpt2-large
   --only NOTEBOOK   only this one, e.g. lr_sweep; may be repeated
   --results DIR     where to write (default: results/ in the project)
+  --jobs N          runs trained at a time, sharing the cores (default: one per core; one on a GPU)
   --force           also redo finished notebooks
   --list            print one command per notebook and run nothing:
                       ./run_all.sh --list | tr '\n' '\0' | xargs -0 -n 1 -P 4 bash -c
@@ -133,6 +134,7 @@ run_notebook() {
   if ((status == 0)) && ! grep -q 'Passed unknown parameter' "$log"; then
     mv "$partial" "$dir/$name.ipynb"
     rm -f "$dir/$name.failed.ipynb" "$log"
+    python3 -m nbconvert --to html --log-level ERROR "$dir/$name.ipynb" </dev/null || true # only for reading
     echo "$stamp" >"$dir/.stamp"
     row "$name" "done" $((SECONDS - began))
     return
@@ -176,12 +178,14 @@ fi
 
 while (($#)); do
   case $1 in
-    --scale | --only | --results) [[ -n ${2:-} && $2 != -* ]] || fail 2 "$1 needs a value; see ./run_all.sh --help" ;;
+    --scale | --only | --results | --jobs) [[ -n ${2:-} && $2 != -* ]] || fail 2 "$1 needs a value; see ./run_all.sh --help" ;;
   esac
   case $1 in
     --scale) scale=$2 && shift ;;
     --only) only+=("$(basename "$2" .ipynb)") && shift ;;
     --results) if [[ $2 == /* ]]; then results=$2; else results=$caller/$2; fi && shift ;;
+    --jobs) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail 2 "--jobs must be a whole number of at least 1, got '$2'"
+      export LAWA_JOBS=$2 && shift ;;
     --force) force=' --force' ;;
     --list) list=1 ;;
     --help | -h) usage && exit ;;
@@ -201,7 +205,7 @@ done
 
 if [[ -n $list ]]; then
   for name in "${names[@]}"; do
-    printf '%q --scale %q --results %q --only %q%s\n' "$root/run_all.sh" "$scale" "$results" "$name" "$force"
+    printf '%q --scale %q --results %q --only %q%s%s\n' "$root/run_all.sh" "$scale" "$results" "$name" "$force" "${LAWA_JOBS:+ --jobs $LAWA_JOBS}"
   done
   exit
 fi

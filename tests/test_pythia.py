@@ -418,7 +418,7 @@ def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waitin
 
 @pytest.mark.parametrize("repo, steps, fault, said", [
     (REPO, [0, 15, 25], None, "no revision step15, step25; there are 0, 10, 20, 30, 40"),
-    (f"{REPO}@0:40:20x", None, None, "START:STOP:STRIDE in steps"),
+    (f"{REPO}@0:40:20x", None, None, "steps must be START:STOP:STRIDE"),
     ("EleutherAI/pythia-9b", None, None, "EleutherAI/pythia-9b: no such model, or it needs a token"),
     (REPO, None, Fault("refs", 503), r"the Hub cannot be reached \(503\)"),
     (REPO, None, Fault("tree", 503, 99), r"step\d+: the Hub cannot be reached \(503\)"),

@@ -86,7 +86,7 @@ def test_one_failure_leaves_the_others(project, first):
     assert f"open {project}/results/index.html" in first.stdout
     results = project / "results"
     assert json.loads((results / "good/record.json").read_text())["scale"] == "laptop"
-    assert sorted(path.name for path in (results / "good").iterdir()) == [".stamp", "good.ipynb", "record.json"]
+    assert sorted(path.name for path in (results / "good").iterdir()) == [".stamp", "good.html", "good.ipynb", "record.json"]
     assert not (results / "bad/bad.ipynb").exists()
     page = (results / "index.html").read_text()
     assert "It runs" in page and "ValueError: lost its way" in page
