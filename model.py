@@ -1142,6 +1142,21 @@ def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterato
                 yield step, own, dict(lawa_core.open_checkpoint(path / checkpoint_name(step)))
 
 
+def zero_shot(folder, tasks: list[str], *, device: str = "cpu", **options) -> list[dict]:
+    """Accuracy of a Hugging Face folder on tasks of lm-evaluation-harness: rows {"task", "accuracy", "stderr"}.
+
+    options: what lm_eval's `simple_evaluate` takes besides, such as limit, task_manager. Needs the extra `zeroshot`.
+    """
+    try:
+        import lm_eval
+    except ImportError:
+        raise LawaError('zero-shot tasks need lm_eval: pip install "lawa-lab[zeroshot]"') from None
+    dtype = "float16" if device == "cuda" else "float32"
+    results = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(folder), "dtype": dtype}, tasks=tasks, device=device, **options)
+    return [{"task": task, "accuracy": values["acc,none"], "stderr": values["acc_stderr,none"]}
+            for task, values in results["results"].items()]
+
+
 class _Cache:
     """eval.csv: what was evaluated before. Several notebooks may add to one file at a time; with no path, nothing is kept."""
 

@@ -537,3 +537,72 @@ def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
     hub.sent.clear()
     assert model.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
     assert model.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
+
+
+# ---- Zero-shot and the notebook -----------------------------------------------------------------------------------------------------
+
+WORDS = ["<unk>", "<|endoftext|>", "the", "a", "cat", "dog", "bird", "sat", "ran", "slept", "on", "under", "mat", "tree"]
+
+
+def tokenizer(folder):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def test_zero_shot_is_the_accuracy_of_the_folder(tmp_path, monkeypatch):
+    """A task made here: which of two endings is likelier, by the harness and by our own logits."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    revision(tmp_path / "plain", 1)
+    fields = json.loads((tmp_path / "plain" / "config.json").read_text())
+    model.write_hf(tmp_path / "hf", dict(open_checkpoint(tmp_path / "plain")), fields, tokenizer(tmp_path / "tokenizer"))
+    items = [{"text": f"the {who} {did}", "choices": ["on the mat", "under a tree"], "answer": i % 2}
+             for i, (who, did) in enumerate((who, did) for who in ("cat", "dog", "bird") for did in ("sat", "ran", "slept"))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "toy.yaml").write_text(f"""
+task: toy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "data.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    row, = model.zero_shot(tmp_path / "hf", ["toy"], task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False))
+    gpt, right = load_hf(tmp_path / "hf"), []
+    for item in items:
+        scores = []
+        for ending in item["choices"]:
+            idx = torch.tensor([[WORDS.index(word) for word in f"{item['text']} {ending}".split()]])
+            scores.append(-gpt.losses(idx[:, :-1], idx[:, 1:])[0, -len(ending.split()):].sum().item())
+        right.append(scores.index(max(scores)) == item["answer"])
+    assert row["accuracy"] == np.mean(right) and 0 < row["accuracy"] < 1
+    assert abs(row["stderr"] - np.std(right, ddof=1) / 3) < 1e-9  # nine items
+
+
+def test_zero_shot_without_the_harness(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(LawaError, match=r"zero-shot tasks need lm_eval: pip install \"lawa-lab\[zeroshot\]\""):
+        model.zero_shot(tmp_path, ["sciq"])
+
+
+def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):
+    """The path that Pythia itself takes: listed, planned, fetched, averaged, drawn, recorded; nothing is trained."""
+    papermill = pytest.importorskip("papermill")
+    parameters = {"model": REPO, "steps": "10,40,10", "k": 2, "corpus": str(corpus.folder), "eval_tokens": 256, "endpoint": hub.url,
+                  "hub_folder": str(tmp_path / "cache"), "device": "cpu", "on_disk": True, "hours": 40.0, "out": str(tmp_path / "out")}
+    notebook = model.ROOT / "notebooks" / "pythia_replay.ipynb"
+    made = papermill.execute_notebook(notebook, tmp_path / "made.ipynb", parameters, kernel_name="python3", cwd=str(tmp_path),
+                                      progress_bar=False)
+    printed = "".join(output.get("text", "") for cell in made.cells for output in cell.get("outputs", []))
+    assert "4 revisions, 0.0 GB to fetch" in printed and "pythia-nano: 4 checkpoints of 0.03M parameters, 4 points" in printed
+    record = json.loads((tmp_path / "out" / "pythia_replay" / "record.json").read_text())
+    assert len(record["verdicts"]) == 3 and "GPU hours" in printed and len(record["figures"]) == 3
+    assert hub.sent["pytorch_model.bin"] and not any("step0/" in request for request in hub.log)
