@@ -1257,7 +1257,7 @@ def plan(configs, keep=None, disk_budget: float = math.inf) -> str:
     """A few lines: what the runs take, time on common devices, and whether disk and memory suffice here. Other arguments as for `train`."""
     device = pick_device()
     configs = [config.resolved(device) for config in configs]
-    sizes = {name: open_corpus(name).vocab_size if _is_corpus(name) else 50_257 for name in {config.corpus for config in configs}}
+    sizes = {name: _vocab_size(name) for name in {config.corpus for config in configs}}
     costs = [cost(config, sizes[config.corpus], keep, disk_budget) for config in configs]
     flops, disk = sum(c["flops"] for c in costs), sum(c["checkpoint_bytes"] for c in costs)
     parts = max((c["memory"] for c in costs), key=lambda parts: sum(parts.values()))
@@ -1275,8 +1275,11 @@ def plan(configs, keep=None, disk_budget: float = math.inf) -> str:
         f"{there / 1e9:.0f} GB on this {device.type}: {'enough' if memory < there else 'NOT ENOUGH; lower batch_size'}"])
 
 
-def _is_corpus(name: str) -> bool:
-    return any((folder / "meta.json").exists() for folder in (DATA / name, Path(name)))
+def _vocab_size(corpus: str) -> int:
+    try:
+        return open_corpus(corpus).vocab_size
+    except LawaError:  # not prepared yet: GPT-2's
+        return 50_257
 
 
 def _duration(seconds: float) -> str:

@@ -57,7 +57,7 @@ from importlib.metadata import version
 from packaging.requirements import Requirement
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-wanted = project["dependencies"] + extras["notebooks"] + (extras["test"] if sys.argv[1] == "test" else [])
+wanted = project["dependencies"] + (sum(extras.values(), []) if sys.argv[1] == "test" else extras["notebooks"])
 wanted = [r for r in map(Requirement, wanted) if r.name != project["name"]]
 sys.exit(not all(r.specifier.contains(version(r.name), prereleases=True) for r in wanted))
 PY

@@ -1,0 +1,1269 @@
+"""model.py: the GPT against transformers, training against a textbook loop, kills at any moment, evaluation, the command line."""
+
+import base64
+import csv
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+
+import model
+from lawa_core import LawaError, ema, lawa, open_trajectory
+from model import GPT, Config, GPTConfig, batch, evaluate, evaluate_trajectory, learning_rate, load_hf, open_corpus, run_dir, save_hf, train
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES_PER_TOKEN = 1.25  # what the made-up meta.json claims, so that bits per byte differ from bits per token
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# ---- helpers ------------------------------------------------------------------------------------------------------------------------
+
+def write_corpus(folder, seed=0, vocab_size=257, train_tokens=20_000, val_tokens=3000, **meta):
+    """A corpus as data/corpus.py writes it: random words in UTF-8, one token per byte, end-of-text is 256."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 8)))) for _ in range(60)]
+    folder.mkdir(parents=True)
+    for side, length in (("train", train_tokens), ("val", val_tokens)):
+        text = " ".join(words[i] for i in rng.integers(0, len(words), length))[:length]
+        np.frombuffer(text.encode(), np.uint8).astype("<u2").tofile(folder / f"{side}.bin")
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+    (folder / "tokenizer.tiktoken").write_text("\n".join(lines) + "\n")
+    described = {"name": folder.name, "val_fraction": 0.1, "seed": seed, "tokenizer": "tokenizer.tiktoken", "vocab_size": vocab_size,
+                 "eot_token": 256, "split": "files", "skipped": 0, "python": "3.11.0", "pattern": r"\w+|\W+",
+                 "manifest_sha256": hashlib.sha256(str(seed).encode()).hexdigest(), "documents": {"train": 1, "val": 1},
+                 "train_tokens": train_tokens, "val_tokens": val_tokens, "train_bytes": int(train_tokens * BYTES_PER_TOKEN),
+                 "val_bytes": int(val_tokens * BYTES_PER_TOKEN)}
+    (folder / "meta.json").write_text(json.dumps(described | meta))
+    return folder
+
+
+def rows(folder, file="metrics.csv"):
+    with open(folder / file, newline="") as text:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(text)]
+
+
+def column(folder, name):
+    return [row[name] for row in rows(folder)]
+
+
+def checkpoints(folder):
+    """{path within the folder: bits of every tensor}, averages included."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {path.relative_to(folder).as_posix(): ref.state_bits(ref.read_safetensors(path)[0]) for path in files}
+
+
+def weights(folder, step):
+    return ref.read_safetensors(folder / f"ckpt_{step}.safetensors")[0]
+
+
+def listing(folder):
+    """Every file of a run but its lock, hidden ones included."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+
+
+def digest(folder):
+    return {path: seen for path, seen in ref.digest(folder).items() if not path.endswith(".lock")}
+
+
+def assert_same_run(got, want):
+    """The same rows and weights, bit for bit, and the same files."""
+    for table in want.glob("*.csv"):
+        assert (got / table.name).read_text() == table.read_text()
+    assert checkpoints(got) == checkpoints(want)
+    assert listing(got) == listing(want)
+
+
+def assert_near(got, want, start, tolerance):
+    """Weights moved from `start` alike: the difference is small against the way gone."""
+    for name in want:
+        moved, off = (want[name] - start[name]).norm(), (got[name] - want[name]).norm()
+        assert off <= tolerance * moved, f"{name}: {off / moved:.2e} of the way off"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    return Config(preset="nano", corpus=str(corpus), lr=3e-3, max_iters=12, batch_size=4, warmup_iters=3, ckpt_interval=2, seed=7)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """The run that most tests look at; nobody may change it."""
+    return train(config, tmp_path_factory.mktemp("runs") / "shared")
+
+
+def changed(config, **fields):
+    return dataclasses.replace(config, **fields)
+
+
+# ---- child processes ----------------------------------------------------------------------------------------------------------------
+
+SERVER = """
+import json, os, resource, signal, sys
+import model, numpy.random, tiktoken, torch._dynamo  # once: every job is a fork
+print("ready", flush=True)
+def signal_at(countdown, number, folder):
+    def hook(event, args):
+        nonlocal countdown
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(folder):
+            countdown -= 1
+            if countdown == 0:
+                os.kill(os.getpid(), number)
+    sys.addaudithook(hook)
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        for number, path in enumerate((os.devnull, job["out"], job["err"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        if "largest_file" in job:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+        if "signal_at" in job:
+            signal_at(*job["signal_at"])
+        sys.exit(model.main(job["argv"]))
+"""  # signal_at: that signal at the n-th opening, renaming or removal of a file in the folder
+
+
+class Child:
+    """`python model.py ARGV...` as a process of its own, without the seconds of importing torch."""
+
+    def __init__(self, server, log, argv, **options):
+        self.server, self.log = server, log
+        log.mkdir(parents=True, exist_ok=True)
+        self.pid = self.ask({"argv": [str(word) for word in argv], "out": str(log / "out"), "err": str(log / "err"), **options})
+
+    def ask(self, job):
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def wait(self):
+        return self.ask({"wait": self.pid})
+
+    out = property(lambda self: (self.log / "out").read_text())
+    err = property(lambda self: (self.log / "err").read_text())
+
+
+@pytest.fixture(scope="module")
+def server():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def child(server, tmp_path):
+    """child(argv..., **options) -> Child"""
+    numbers = iter(range(1000))
+    return lambda *argv, **options: Child(server, tmp_path / f"log{next(numbers)}", argv, **options)
+
+
+@pytest.fixture
+def command(child):
+    """command(argv...) -> (exit status, stdout, stderr)"""
+    def call(*argv, **options):
+        process = child(*argv, **options)
+        return process.wait(), process.out, process.err
+    return call
+
+
+def flags(config, out_dir=None, **more):
+    fields = dataclasses.asdict(config) | {"threads": 1} | ({"out_dir": out_dir} if out_dir else {}) | more
+    return [word for name, value in fields.items() for word in (f"--{name}", value)]
+
+
+def until(happened, seconds=60):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+# ---- killed, interrupted, out of disk -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def long(config):
+    """Accumulation, clipping, two online averages and validation: all that a resume has to bring back."""
+    return changed(config, max_iters=36, batch_size=2, accumulation=2, ckpt_interval=3, grad_clip=0.5, ema="0.5,0.9")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long, server, tmp_path_factory):
+    """(folder, seconds) of the long run in one go."""
+    folder, begun = tmp_path_factory.mktemp("runs") / "undisturbed", time.monotonic()
+    process = Child(server, tmp_path_factory.mktemp("log"), ["train", *flags(long, folder, state_seconds=0, eval_interval=5)])
+    assert process.wait() == 0, process.err
+    return folder, time.monotonic() - begun
+
+
+def assert_whole(folder, want):
+    """What a killed run leaves in view is whole: a trajectory that can be averaged at once."""
+    found, expected = checkpoints(folder), checkpoints(want)
+    assert found.items() <= expected.items()
+
+
+def go_on_to_the_end(child, argv, folder, want):
+    """Finish a killed run; the checkpoints before its last two must not be written again, or it began anew."""
+    kept = sorted(folder.glob("ckpt_*.safetensors"), key=lambda path: path.stat().st_mtime_ns)[:-2]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    process = child(*argv)
+    assert process.wait() == 0, process.err
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert_same_run(folder, want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_while_touching_files(seed, long, undisturbed, child, tmp_path):
+    """Five kills per run, each at a random opening, renaming or removal: in checkpoints, resume states, rows."""
+    rng, killed = random.Random(seed), 0
+    folder = tmp_path / "run"
+    argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
+    for _ in range(5):
+        killed += child(*argv, signal_at=(rng.randint(1, 40), signal.SIGKILL, str(folder))).wait() == -signal.SIGKILL
+        assert_whole(folder, undisturbed[0])
+    assert killed >= 4
+    go_on_to_the_end(child, argv, folder, undisturbed[0])
+
+
+def test_killed_at_twenty_random_moments(long, undisturbed, child, tmp_path):
+    """The moments are spread over a run's time on this machine; a run that survives is compared and the next one begun."""
+    rng, number, killed = random.Random(20), 0, 0
+    while killed < 20:
+        folder = tmp_path / f"run{number}"
+        argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
+        process = child(*argv)
+        time.sleep(rng.random() * undisturbed[1] / 2)
+        status = process.kill()
+        assert status in (0, -signal.SIGKILL), process.err
+        killed += status != 0
+        if folder.exists():
+            assert_whole(folder, undisturbed[0])
+        if status == 0 or killed == 20 or rng.random() < 0.15:
+            go_on_to_the_end(child, argv, folder, undisturbed[0])
+            number += 1
+            assert number < 40
+
+
+SIGNALS = pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+
+
+def check_interrupted(process, child, argv, folder, want):
+    """One line, and without any earlier resume state the work is still there."""
+    assert len(process.err.strip().splitlines()) == 1 and "Traceback" not in process.err
+    assert_whole(folder, want)
+    go_on_to_the_end(child, argv, folder, want)
+
+
+@SIGNALS
+def test_interrupted_while_touching_files(number, status, long, undisturbed, child, tmp_path):
+    """In the midst of writing checkpoints, averages, rows."""
+    for moment in random.Random(2).sample(range(20, 70), 3):
+        folder = tmp_path / f"run{moment}"
+        argv = ["train", *flags(long, folder, state_seconds=1e9, eval_interval=5)]
+        process = child(*argv, signal_at=(moment, number, str(folder)))
+        assert process.wait() == status, f"at the {moment}th: {process.err}"
+        check_interrupted(process, child, argv, folder, undisturbed[0])
+
+
+@SIGNALS
+def test_interrupted_at_random_moments(number, status, long, undisturbed, child, tmp_path):
+    """Mostly in the midst of a step, whose update must be whole or not have been."""
+    rng = random.Random(3)
+    for i in range(3):
+        folder = tmp_path / f"run{i}"
+        argv = ["train", *flags(long, folder, state_seconds=1e9, eval_interval=5)]
+        process = child(*argv)
+        first = folder / f"ckpt_{rng.randrange(6, 27, 3)}.safetensors"
+        until(first.exists)
+        time.sleep(0.03 * rng.random())  # a few steps, far from the end
+        assert process.kill(number) == status, process.err
+        check_interrupted(process, child, argv, folder, undisturbed[0])
+
+
+def test_two_processes_of_one_run(long, undisturbed, child, tmp_path):
+    """The second waits for the first and finds the work done."""
+    folder = tmp_path / "run"
+    argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
+    processes = [child(*argv) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
+    assert_same_run(folder, undisturbed[0])
+
+
+@pytest.mark.parametrize("largest_file, survives", [(600_000, "checkpoints"), (300_000, "nothing")])
+def test_full_disk(largest_file, survives, long, undisturbed, child, command, tmp_path):
+    """Files may not grow beyond a limit: first resume states (1.5 MB) cannot be written, then not even checkpoints (0.5 MB)."""
+    folder = tmp_path / "run"
+    argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
+    status, _, err = command(*argv, largest_file=largest_file)
+    assert status == 1
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+    assert_whole(folder, undisturbed[0])
+    assert bool(checkpoints(folder)) == (survives == "checkpoints")
+    assert child(*argv).wait() == 0
+    assert_same_run(folder, undisturbed[0])
+
+
+def test_real_command_killed_and_resumed(long, undisturbed, tmp_path):
+    """The same through `python model.py` itself, from another folder."""
+    folder = tmp_path / "run"
+    argv = [sys.executable, str(ROOT / "model.py"), "train", *map(str, flags(long, folder, state_seconds=0, eval_interval=5))]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until(lambda: (folder / "ckpt_12.safetensors").exists())
+        process.kill()
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip().endswith(str(folder))
+    assert_same_run(folder, undisturbed[0])
+
+
+# ---- what training computes ---------------------------------------------------------------------------------------------------------
+
+def naive_rate(schedule, step, lr, total, warmup, floor, cooldown):
+    """Step is 0-based. nanoGPT's warm-up and cosine; Hägele et al. 2024's 1-sqrt cooldown."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return lr
+    if schedule == "cosine":
+        return lr * floor + (lr - lr * floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    begin = total - cooldown
+    return lr if step < begin else lr * floor + (lr - lr * floor) * (1 - math.sqrt((step - begin) / cooldown))
+
+
+SCHEDULES = [  # schedule, max_iters, warmup_iters, min_lr_frac, cooldown_frac
+    ("cosine", 100, 10, 0.1, 0.2), ("cosine", 100, 0, 0.0, 0.2), ("cosine", 7, 7, 0.1, 0.2), ("constant", 50, 5, 0.1, 0.2),
+    ("wsd", 100, 10, 0.0, 0.2), ("wsd", 100, 10, 0.1, 0.5), ("wsd", 50, 0, 0.1, 1.0)]
+
+
+@pytest.mark.parametrize("schedule, total, warmup, floor, cooldown", SCHEDULES)
+def test_learning_rate(schedule, total, warmup, floor, cooldown):
+    fields = {"schedule": schedule, "max_iters": total, "warmup_iters": warmup, "min_lr_frac": floor, "cooldown_frac": cooldown}
+    config = Config(lr=6e-3, ckpt_interval=1, **fields)
+    want = [naive_rate(schedule, step, 6e-3, total, warmup, floor, round(cooldown * total)) for step in range(total)]
+    assert [learning_rate(config, step) for step in range(total)] == pytest.approx(want, rel=1e-12)
+    assert learning_rate(config, 0) == pytest.approx(6e-3 / (warmup + 1))  # never 0: the first step counts
+
+
+def naive_training(config, tokens, vocab_size):
+    """The recipe written out, one tensor at a time: mean loss of the whole batch, clipping, AdamW with decay on matrices only.
+
+    Returns the rows, the initial weights, and the weights after every step.
+    """
+    net = GPT(model.preset(config.preset, vocab_size), config.seed)
+    params = dict(net.named_parameters())
+    start = {name: p.detach().clone() for name, p in params.items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+    table, trail = [], {}
+    for step in range(config.max_iters):
+        data = torch.from_numpy(np.asarray(batch(tokens, config, step), np.int64))
+        loss = F.cross_entropy(net(data[:, :-1])[0].flatten(0, 1), data[:, 1:].flatten())
+        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        shrink = min(1.0, config.grad_clip / norm) if config.grad_clip else 1.0
+        lr = naive_rate(config.schedule, step, config.lr, config.max_iters, config.warmup_iters, config.min_lr_frac,
+                        round(config.cooldown_frac * config.max_iters))
+        with torch.no_grad():
+            for name, p in params.items():
+                g = grads[name] * shrink
+                first[name] = config.beta1 * first[name] + (1 - config.beta1) * g
+                second[name] = config.beta2 * second[name] + (1 - config.beta2) * g * g
+                if p.dim() == 2:
+                    p -= lr * config.weight_decay * p
+                p -= lr * first[name] / (1 - config.beta1 ** (step + 1)) / ((second[name] / (1 - config.beta2 ** (step + 1))).sqrt() + 1e-8)
+        table.append((step + 1, (step + 1) * data[:, 1:].numel(), lr, loss.item(), norm))
+        trail[step + 1] = {name: p.detach().clone() for name, p in params.items()}
+    return table, start, trail
+
+
+RECIPES = {
+    "plain": {},
+    "clipped at times": {"grad_clip": 1.3, "lr": 2e-2},
+    "never clipped": {"grad_clip": 0.0, "lr": 2e-2},
+    "accumulated": {"accumulation": 3, "batch_size": 2, "grad_clip": 0.5},
+    "decayed": {"weight_decay": 3.0, "warmup_iters": 0},
+    "wsd": {"schedule": "wsd", "cooldown_frac": 0.5, "min_lr_frac": 0.0},
+    "constant": {"schedule": "constant", "beta1": 0.8, "beta2": 0.99},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_is_the_textbook_loop(name, config, corpus, tmp_path):
+    config = changed(config, max_iters=8, **RECIPES[name])
+    table, start, trail = naive_training(config, open_corpus(corpus).train, 257)
+    run = train(config, tmp_path / "run")
+    assert (run / "metrics.csv").read_text().splitlines()[0] == "step,tokens,lr,loss,grad_norm"
+    assert [tuple(row.values()) for row in rows(run)] == [pytest.approx(row, rel=2e-4) for row in table]
+    for step in config.checkpoint_steps:
+        assert_near(weights(run, step), trail[step], start, 1e-4)
+
+
+def test_recipes_differ(config, corpus):
+    """What the test above tells apart: the recipes end far from one another, by more than its tolerance."""
+    ends = {}
+    for name, fields in RECIPES.items():
+        _, start, trail = naive_training(changed(config, max_iters=8, **fields), open_corpus(corpus).train, 257)
+        ends[name] = torch.cat([(weight - start[key]).flatten() for key, weight in trail[8].items()])
+    for one, other in itertools.combinations(ends, 2):
+        assert (ends[one] - ends[other]).norm() > 1e-2 * ends[one].norm(), (one, other)
+
+
+def test_weight_decay_on_matrices_only(config, tmp_path):
+    """After one step from the same weights: layer norms agree bit for bit, matrices differ by lr * decay * weight."""
+    one = changed(config, max_iters=1, warmup_iters=0, ckpt_interval=1)
+    without, decayed = (weights(train(changed(one, weight_decay=decay), tmp_path / str(decay)), 1) for decay in (0.0, 0.5))
+    start = GPT(model.preset("nano", 257), one.seed).state_dict()
+    assert {weight.dim() for weight in without.values()} == {1, 2}
+    for name, weight in without.items():
+        if weight.dim() == 1:
+            assert torch.equal(decayed[name], weight), name
+        else:
+            torch.testing.assert_close(weight - decayed[name], one.lr * 0.5 * start[name], rtol=1e-3, atol=2e-7)
+
+
+def test_accumulation_1x16_equals_4x4(config, corpus, tmp_path):
+    splits = [changed(config, batch_size=size, accumulation=16 // size, max_iters=6) for size in (16, 4)]
+    tokens = open_corpus(corpus).train
+    assert all(np.array_equal(*(batch(tokens, split, step) for split in splits)) for step in range(6))
+    one, four = (train(split, tmp_path / str(split.batch_size)) for split in splits)
+    assert column(one, "tokens") == column(four, "tokens")
+    for name in ("loss", "grad_norm"):  # the norm too: AdamW forgives a loss that is not divided
+        assert column(four, name) == pytest.approx(column(one, name), rel=1e-4)
+    assert_near(weights(four, 6), weights(one, 6), GPT(model.preset("nano", 257), config.seed).state_dict(), 1e-2)
+
+
+def test_evaluation_does_not_change_training(config, run, tmp_path):
+    for interval in (1, 5):
+        other = train(config, tmp_path / str(interval), eval_interval=interval)
+        assert (other / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+        assert checkpoints(other) == checkpoints(run)
+        assert [row["step"] for row in rows(other, "val.csv")] == list(range(interval, 13, interval))
+
+
+BESIDE = {"checkpoints": ({"ckpt_interval": 3}, {}), "averages": ({"ema": "0.5"}, {}), "resume states": ({}, {"state_seconds": 0}),
+          "progress": ({}, {"progress": lambda *_: None})}
+
+
+@pytest.mark.parametrize("fields, options", BESIDE.values(), ids=BESIDE)
+def test_training_is_not_changed_by(fields, options, config, run, tmp_path):
+    other = train(changed(config, **fields), tmp_path / "run", **options)
+    assert (other / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    assert checkpoints(other)["ckpt_12.safetensors"] == checkpoints(run)["ckpt_12.safetensors"]
+
+
+def test_training_is_deterministic_whatever_the_global_generators_say(config, run, tmp_path):
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert_same_run(train(config, tmp_path / "run"), run)
+
+
+def test_training_learns(config, tmp_path):
+    losses = column(train(changed(config, max_iters=60, ckpt_interval=60), tmp_path / "run"), "loss")
+    assert losses[0] == pytest.approx(math.log(320), abs=0.1)  # 257 tokens, padded to 320
+    assert np.mean(losses[-5:]) < losses[0] - 1
+
+
+def test_ema_trajectories(config, tmp_path):
+    """Each beta leaves a trajectory of its own; it is the EMA of every step, also between checkpoints."""
+    betas = ["0.5", "0.9"]
+    every = train(changed(config, ckpt_interval=1), tmp_path / "every")
+    run = train(changed(config, ckpt_interval=4, ema=",".join(betas)), tmp_path / "run")
+    steps = list(range(1, 13))
+    states = {step: weights(every, step) for step in steps}
+    for beta in betas:
+        trajectory = open_trajectory(run / f"ema-{beta}")
+        assert trajectory.steps == [4, 8, 12]
+        for step in trajectory.steps:
+            row = ref.ema_weights(steps, step, beta)
+            want = ref.average([states[s] for s in sorted(row)], [row[s] for s in sorted(row)])
+            for name, value in want.items():
+                error = abs(ref.wide(trajectory[step][name]) - value).max()
+                assert error <= 4 * torch.finfo(torch.float32).eps * abs(value).max(), name
+
+
+def test_run_folder(config, run):
+    """What DESIGN.md lists, and no more: nothing half-written, no resume state once the run is finished."""
+    assert listing(run) == sorted(["config.json", "metrics.csv", "summary.json", *(f"ckpt_{step}.safetensors" for step in range(2, 13, 2))])
+    found = json.loads((run / "config.json").read_text())
+    assert found.items() >= {**dataclasses.asdict(config), "dtype": "fp32"}.items()
+    assert isinstance(json.loads((run / "summary.json").read_text()), dict)
+    assert open_trajectory(run).steps == [2, 4, 6, 8, 10, 12]
+    assert {tensor.dtype for tensor in weights(run, 12).values()} == {torch.float32}
+    assert column(run, "step") == list(range(1, 13))
+    assert column(run, "tokens") == [step * 4 * 64 for step in range(1, 13)]
+
+
+def test_bf16_autocast(config, run, tmp_path):
+    """Near the float32 run, and not the same; weights stay float32."""
+    other = train(changed(config, dtype="bf16"), tmp_path / "run")
+    assert column(other, "loss") == pytest.approx(column(run, "loss"), abs=0.05)
+    assert column(other, "loss") != column(run, "loss")
+    assert {tensor.dtype for tensor in weights(other, 12).values()} == {torch.float32}
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------------------------
+
+def test_batches_are_a_function_of_seed_and_step(config):
+    tokens = np.random.default_rng(0).integers(0, 257, 5000).astype(np.uint16)
+    seen = {(seed, step): batch(tokens, changed(config, seed=seed), step) for seed in range(4) for step in range(10)}
+    torch.manual_seed(5)
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    for (seed, step), want in reversed(seen.items()):
+        other = changed(config, seed=seed, lr=1.0, max_iters=99, ckpt_interval=7, schedule="wsd", weight_decay=0.0)
+        assert np.array_equal(batch(tokens, other, step), want)
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
+    assert len({found.tobytes() for found in seen.values()}) == len(seen)
+    sequences = np.concatenate(list(seen.values()))
+    assert sequences.shape == (40 * 4, 65)
+    assert len(np.unique(sequences, axis=0)) > 140  # 160 draws from 4,935 places seldom meet
+
+
+def test_batches_are_contiguous_and_reach_both_ends(config):
+    """With 10 places to start at, each is drawn, and no other."""
+    tokens = np.arange(64 + 10, dtype=np.uint16)
+    drawn = np.concatenate([batch(tokens, config, step) for step in range(50)]).astype(int)
+    assert np.array_equal(drawn - drawn[:, :1], np.broadcast_to(np.arange(65), drawn.shape))
+    assert set(drawn[:, 0]) == set(range(10))
+
+
+# ---- run folders and refusals -------------------------------------------------------------------------------------------------------
+
+OTHER_TEXT = {"preset": "micro", "schedule": "wsd", "ema": "0.9", "dtype": "bf16"}  # another legal value of each text field
+
+
+def other_value(field, value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return value * 0.5 or 0.25 if isinstance(value, float) else OTHER_TEXT[field]
+
+
+def test_same_config_same_folder(config, corpus, tmp_path):
+    folder = run_dir(config, tmp_path)
+    assert folder == run_dir(dataclasses.replace(config), tmp_path)
+    assert folder.parent == tmp_path and folder.name.startswith("tiny-nano-")
+    code = "import sys, json, model; print(model.run_dir(model.Config(**json.loads(sys.argv[1])), sys.argv[2]))"
+    argv = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.stdout.strip() == str(folder), done.stderr
+
+
+def test_same_corpus_elsewhere_is_the_same_run(config, corpus, tmp_path):
+    copied = shutil.copytree(corpus, tmp_path / "tiny")
+    assert run_dir(changed(config, corpus=str(copied)), tmp_path) == run_dir(config, tmp_path)
+
+
+def test_any_other_field_is_another_folder(config, tmp_path):
+    fields = {name: other_value(name, value) for name, value in dataclasses.asdict(config).items() if name != "corpus"}
+    folders = {name: run_dir(changed(config, **{name: value}), tmp_path) for name, value in fields.items()}
+    assert len({run_dir(config, tmp_path), *folders.values()}) == len(folders) + 1
+
+
+@pytest.mark.parametrize("meta", [{"manifest_sha256": "0" * 64}, {"vocab_size": 300}, {"val_fraction": 0.2}, {"seed": 5}])
+def test_another_corpus_is_another_folder(meta, config, tmp_path):
+    other = write_corpus(tmp_path / "tiny", **meta)
+    assert run_dir(changed(config, corpus=str(other)), tmp_path) != run_dir(config, tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(config, run, command):
+    before = digest(run)
+    assert train(config, run) == run
+    assert train(config, run, eval_interval=1, state_seconds=0) == run
+    status, out, _ = command("train", *flags(config, run))
+    assert (status, out.strip().splitlines()[-1]) == (0, str(run))
+    assert digest(run) == before
+
+
+def test_a_folder_of_another_run_is_refused(config, run, command):
+    before = digest(run)
+    other = changed(config, lr=4e-3, batch_size=8)
+    with pytest.raises(LawaError, match=r"lr .*0\.003.*0\.004") as caught:
+        train(other, run)
+    assert "batch_size" in str(caught.value) and str(run) in str(caught.value)
+    assert not any(name in str(caught.value) for name in ("warmup_iters", "schedule", "beta1"))
+    status, _, err = command("train", *flags(other, run))
+    assert status == 2 and len(err.splitlines()) == 1 and "batch_size" in err
+    assert digest(run) == before
+
+
+def test_a_folder_of_another_text_is_refused(config, tmp_path):
+    """A run named by hand whose corpus was prepared anew from another text would mix two trainings."""
+    corpus = write_corpus(tmp_path / "mine")
+    config = changed(config, corpus=str(corpus))
+    run = train(config, tmp_path / "run")
+    before = digest(run)
+    shutil.rmtree(corpus)
+    write_corpus(corpus, seed=1)
+    with pytest.raises(LawaError, match="corpus"):
+        train(config, run)
+    assert digest(run) == before
+
+
+@pytest.fixture
+def nan_at(monkeypatch):
+    """nan_at(n): the n-th training loss from now on is not a number."""
+    def arrange(n):
+        forward, calls = GPT.forward, iter(range(1, 10_000))
+
+        def broken(self, *args, **options):
+            logits, loss = forward(self, *args, **options)
+            return logits, loss * math.nan if loss is not None and next(calls) >= n else loss
+        monkeypatch.setattr(GPT, "forward", broken)
+    return arrange
+
+
+def test_nan_loss_keeps_the_last_good_state(config, run, nan_at, monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    nan_at(8)
+    with pytest.raises(LawaError, match="step 8") as caught:
+        train(config, folder)
+    assert "nan" in str(caught.value) and "lr" in str(caught.value) and "\n" not in str(caught.value)
+    good = [f"ckpt_{step}.safetensors" for step in (2, 4, 6)]
+    assert checkpoints(folder) == {name: bits for name, bits in checkpoints(run).items() if name in good}
+    assert not (folder / "summary.json").exists()
+    assert all(math.isfinite(loss) for loss in column(folder, "loss"))
+    monkeypatch.undo()
+    assert_same_run(train(config, folder), run)
+
+
+def test_nan_loss_on_the_command_line(config, command, tmp_path):
+    status, _, err = command("train", *flags(changed(config, lr=1e30, warmup_iters=0), tmp_path / "run"))
+    assert status == 1
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and "1e+30" in err.replace("1.00e", "1e")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+BAD = {  # flags that replace good ones, and words of the one line that answers
+    "no such corpus": ({"corpus": "nowhere"}, "no corpus 'nowhere' prepare.py"),
+    "unknown preset": ({"preset": "colossal"}, "preset nano 'colossal'"),
+    "unknown scale": ({"scale": "huge"}, "scale smoke laptop 'huge'"),
+    "unknown schedule": ({"schedule": "linear"}, "schedule cosine 'linear'"),
+    "unknown dtype": ({"dtype": "fp8"}, "dtype bf16 'fp8'"),
+    "no rate": ({"lr": 0}, "lr above 0 got 0.0"),
+    "negative rate": ({"lr": -1}, "lr above 0 got -1.0"),
+    "infinite rate": ({"lr": "inf"}, "lr inf"),
+    "rate is no number": ({"lr": "nan"}, "lr nan"),
+    "no steps": ({"max_iters": 0}, "max_iters 0"),
+    "no sequences": ({"batch_size": 0}, "batch_size 0"),
+    "no micro-batches": ({"accumulation": 0}, "accumulation 0"),
+    "warm-up too long": ({"warmup_iters": 13}, "warmup_iters 12 13"),
+    "negative warm-up": ({"warmup_iters": -1}, "warmup_iters -1"),
+    "no checkpoint": ({"ckpt_interval": 13}, "ckpt_interval 12 13"),
+    "interval 0": ({"ckpt_interval": 0}, "ckpt_interval 0"),
+    "final rate above peak": ({"min_lr_frac": 1.5}, "min_lr_frac 1.5"),
+    "no cooldown": ({"schedule": "wsd", "cooldown_frac": 0}, "cooldown_frac 0"),
+    "negative decay": ({"weight_decay": -0.1}, "weight_decay -0.1"),
+    "beta1 of 1": ({"beta1": 1}, "beta1 1"),
+    "negative beta2": ({"beta2": -0.5}, "beta2 -0.5"),
+    "negative clipping": ({"grad_clip": -1}, "grad_clip -1"),
+    "negative seed": ({"seed": -1}, "seed -1"),
+    "ema beta of 1": ({"ema": "1"}, "beta 1"),
+    "ema is no number": ({"ema": "0.9,fast"}, "ema fast"),
+    "ema twice": ({"ema": "0.9,0.9"}, "ema 0.9"),
+    "no threads": ({"threads": 0}, "threads 0"),
+    "evaluation interval": ({"eval_interval": -1}, "eval_interval -1"),
+    "two at once": ({"lr": -1, "batch_size": 0}, "lr batch_size"),
+    "not a flag": ({"learning_rate": 1}, "--learning_rate"),
+    "not an integer": ({"max_iters": "many"}, "--max_iters 'many'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, config, command, tmp_path):
+    wrong, words = BAD[case]
+    status, out, err = command("train", *flags(config, tmp_path / "run", **wrong))
+    message = err.strip().splitlines()
+    assert (status, out) == (2, "")
+    if "usage:" not in err:  # argparse prints its usage first
+        assert len(message) == 1 and err.startswith("error: ")
+    assert "Traceback" not in err and [word for word in words.split() if word not in message[-1]] == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv, words", [(("sample", "nowhere"), "nowhere"), (("plan", "--scale", "huge"), "scale huge"),
+                                         (("plan", "--lr", "-1"), "lr -1"), (("dance",), "dance"), ((), "command")])
+def test_other_commands_refuse(argv, words, command, tmp_path):
+    status, out, err = command(*argv)
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err and all(word in err.strip().splitlines()[-1] for word in words.split())
+
+
+def test_config_is_frozen_and_knows_its_fields(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+    with pytest.raises(TypeError):
+        Config(learning_rate=1.0)
+
+
+# ---- corpora ------------------------------------------------------------------------------------------------------------------------
+
+def test_open_corpus(corpus):
+    found = open_corpus(corpus)
+    for side, length in (("train", 20_000), ("val", 3000)):
+        assert np.array_equal(getattr(found, side), np.fromfile(corpus / f"{side}.bin", "<u2"))
+        assert len(getattr(found, side)) == length
+    assert (found.name, found.vocab_size, found.val_bytes_per_token) == ("tiny", 257, BYTES_PER_TOKEN)
+    text = "def f(x):\n    return 'å'"
+    assert found.tokenizer().encode_ordinary(text) == list(text.encode())
+
+
+def damage(corpus, kind):
+    files = {side: corpus / f"{side}.bin" for side in ("train", "val")}
+    tokens = {side: np.fromfile(path, "<u2") for side, path in files.items()}
+    if kind == "fewer tokens":
+        tokens["train"][:-10].tofile(files["train"])
+    elif kind == "more tokens":
+        np.append(tokens["val"], tokens["val"][:5]).tofile(files["val"])
+    elif kind == "half a token":
+        files["train"].write_bytes(files["train"].read_bytes() + b"x")
+    elif kind == "no file":
+        files["val"].unlink()
+    elif kind == "empty file":
+        files["train"].write_bytes(b"")
+    elif kind == "broken meta.json":
+        (corpus / "meta.json").write_text('{"name": "tiny", ')
+    else:
+        (corpus / "meta.json").write_text('{"name": "tiny"}')
+
+
+DAMAGES = ["fewer tokens", "more tokens", "half a token", "no file", "empty file", "broken meta.json", "keys missing"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_corpus_is_refused(kind, config, command, tmp_path):
+    corpus = write_corpus(tmp_path / "tiny")
+    damage(corpus, kind)
+    with pytest.raises(LawaError, match=r"bin|meta\.json") as caught:
+        open_corpus(corpus)
+    assert str(corpus) in str(caught.value)
+    status, _, err = command("train", *flags(changed(config, corpus=str(corpus)), tmp_path / "run"))
+    assert status == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("token", [65_535, 300])  # 300: beyond the vocabulary of 257, within its padding to 320
+def test_token_ids_beyond_the_vocabulary_are_refused(token, config, command, tmp_path):
+    corpus = write_corpus(tmp_path / "tiny")
+    np.full(20_000, token, "<u2").tofile(corpus / "train.bin")
+    status, _, err = command("train", *flags(changed(config, corpus=str(corpus)), tmp_path / "run"))
+    assert status in (1, 2) and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert "257" in err and str(token) in err
+
+
+@pytest.mark.parametrize("sizes, words", [({"train_tokens": 64}, "64 training"), ({"val_tokens": 64}, "64 validation")])
+def test_a_corpus_shorter_than_a_block_is_refused(sizes, words, config, tmp_path):
+    corpus = write_corpus(tmp_path / "tiny", **sizes)
+    with pytest.raises(LawaError, match=words):
+        train(changed(config, corpus=str(corpus)), tmp_path / "run", eval_interval=2)
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------------------------
+
+class Recorder(GPT):
+    """A GPT that remembers what it was asked."""
+
+    def forward(self, idx, targets=None, *args, **options):
+        self.seen = [*getattr(self, "seen", []), (idx.clone(), targets.clone())]
+        return super().forward(idx, targets, *args, **options)
+
+
+def blocks_of(corpus, n_blocks, seed=0):
+    """The blocks that `evaluate` shows a model: (n_blocks, block_size + 1), and its losses."""
+    net = Recorder(model.preset("nano", 257), seed)
+    losses = evaluate(net, corpus, n_blocks)
+    idx, targets = (torch.cat(parts) for parts in zip(*net.seen, strict=True))
+    assert torch.equal(idx[:, 1:], targets[:, :-1])
+    return torch.cat([idx, targets[:, -1:]], 1), losses
+
+
+def naive_losses(state, blocks):
+    """Nats per token of each block, one block at a time, log-softmax in double."""
+    net = GPT(model.preset("nano", 257))
+    net.load_state_dict(state)
+    out = []
+    with torch.no_grad():
+        for tokens in blocks:
+            logits = net(tokens[None, :-1])[0][0].double().numpy()
+            chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            out.append(-np.mean([chances[i, token] for i, token in enumerate(tokens[1:].tolist())]))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 7, 46])  # 3000 tokens hold 46 blocks of 64 and a token
+def test_evaluate_is_the_naive_loop(n_blocks, corpus):
+    corpus = open_corpus(corpus)
+    blocks, losses = blocks_of(corpus, n_blocks)
+    assert (losses.shape, losses.dtype, blocks.shape) == ((n_blocks,), np.float64, (n_blocks, 65))
+    assert losses == pytest.approx(naive_losses(GPT(model.preset("nano", 257), 0).state_dict(), blocks), abs=2e-6)
+
+
+def test_blocks_are_contiguous_spread_and_the_same_for_all_models(tmp_path):
+    corpus = open_corpus(write_corpus(tmp_path / "tiny", vocab_size=320))
+    np.random.default_rng(3).integers(0, 320, 3000).astype("<u2").tofile(corpus.folder / "val.bin")
+    corpus = open_corpus(corpus.folder)
+    blocks, _ = blocks_of(corpus, 20)
+    windows = {corpus.val[i:i + 65].tobytes(): i for i in range(3000 - 64)}
+    starts = [windows[block.numpy().astype("<u2").tobytes()] for block in blocks]
+    gaps = np.diff(starts)
+    assert gaps.min() >= 64 and gaps.max() - gaps.min() <= 1  # apart, and evenly
+    assert starts[0] < 150 and starts[-1] > 3000 - 65 - 150
+    assert torch.equal(blocks_of(corpus, 20, seed=1)[0], blocks)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_leaves_everything_as_it_was(training, corpus):
+    net, corpus = GPT(model.preset("nano", 257)).train(training), open_corpus(corpus)
+    before, generators = ref.state_bits(net.state_dict()), (torch.get_rng_state(), str(np.random.get_state()))
+    evaluate(net, corpus, 5)
+    assert {module.training for module in net.modules()} == {training}
+    assert ref.state_bits(net.state_dict()) == before
+    assert torch.equal(torch.get_rng_state(), generators[0]) and str(np.random.get_state()) == generators[1]
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+OPENED = []  # every file this process opens, while a test listens
+LISTENING = [False]
+sys.addaudithook(lambda event, args: LISTENING[0] and event == "open" and OPENED.append(str(args[0])))
+
+
+def opened_by(work):
+    """(result, names of the checkpoints that were opened)"""
+    OPENED.clear()
+    LISTENING[0] = True
+    try:
+        return work(), {Path(path).name for path in OPENED if "ckpt_" in path}
+    finally:
+        LISTENING[0] = False
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+SCHEMES = {  # label: scheme, its naive weights over steps 2, 4, ... 12
+    "LAWA": (lawa(3, 2), lambda steps, at: ref.lawa_weights(steps, at, 3, 2)),
+    "an EMA": (ema(0.6), lambda steps, at: ref.ema_weights(steps, at, 0.6))}
+
+
+def assert_rows(got, want):
+    """The same rows in the same order, their numbers but for rounding."""
+    names = ("run", "step", "scheme", "n_blocks")
+    assert [tuple(row[name] for name in names) for row in got] == [tuple(row[name] for name in names) for row in want]
+    for found, row in zip(got, want, strict=True):
+        assert set(found) == set(row)
+        assert {name: found[name] for name in row if name not in names} == pytest.approx(
+            {name: value for name, value in row.items() if name not in names}, rel=1e-4, abs=2e-6)
+
+
+def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
+    """Run minus average on the same blocks; standard errors over blocks; bits per byte."""
+    blocks, _ = blocks_of(open_corpus(corpus), 20)
+    states = {step: weights(copied, step) for step in range(2, 13, 2)}
+    want = []
+    for step in (2, 8, 12):
+        own = naive_losses(states[step], blocks)
+        for label, naive in {"run": lambda steps, at: {at: 1}, **{label: naive for label, (_, naive) in SCHEMES.items()}}.items():
+            row = naive(list(states), step)
+            mean = ref.average([states[s] for s in sorted(row)], [row[s] for s in sorted(row)])
+            losses = naive_losses({name: torch.from_numpy(value.astype(np.float32)) for name, value in mean.items()}, blocks)
+            want.append({"run": copied.name, "step": step, "scheme": label, "n_blocks": 20,
+                         "bpb": losses.mean() / math.log(2) / BYTES_PER_TOKEN,
+                         "loss": losses.mean(), "loss_se": losses.std(ddof=1) / math.sqrt(20),
+                         "gain": (own - losses).mean(), "gain_se": (own - losses).std(ddof=1) / math.sqrt(20)})
+    got = evaluate_trajectory(copied, {label: scheme for label, (scheme, _) in SCHEMES.items()}, (2, 8, 12), 20)
+    assert_rows(got, want)
+    gains = [row["gain"] for row in want if row["step"] == 12 and row["scheme"] != "run"]
+    assert min(map(abs, gains)) > 1e-4  # large enough to tell the sign
+
+
+def test_evaluations_are_cached(copied):
+    def ask(label="LAWA", scheme=SCHEMES["LAWA"][0], at=(4, 12), n_blocks=10):
+        return opened_by(lambda: evaluate_trajectory(copied, {label: scheme}, at, n_blocks))
+    first, opened = ask()
+    assert opened == {"ckpt_2.safetensors", "ckpt_4.safetensors", "ckpt_8.safetensors", "ckpt_10.safetensors", "ckpt_12.safetensors"}
+    assert (copied / "eval.csv").exists()
+    again, opened = ask()
+    assert (again, opened) == (first, set())
+    renamed, opened = ask(label="another name")
+    assert opened == set()
+    assert [row | {"scheme": "LAWA"} if row["scheme"] != "run" else row for row in renamed] == first
+    for change in ({"scheme": lawa(2, 2)}, {"n_blocks": 11}, {"at": (4, 10, 12)}):
+        other, opened = ask(**change)
+        assert opened and other != first, change
+        assert ask(**change) == (other, set())
+    assert ask() == (first, set())
+
+
+def test_evaluation_is_the_same_in_one_go_or_piece_by_piece(copied, run, tmp_path):
+    schemes = {label: scheme for label, (scheme, _) in SCHEMES.items()}
+    whole = evaluate_trajectory(copied, schemes, None, 10)
+    other = shutil.copytree(run, tmp_path / "other" / "copy")
+    for label in schemes:
+        for step in (12, 6):
+            evaluate_trajectory(other, {label: schemes[label]}, (step,), 10)
+    assert_rows(evaluate_trajectory(other, schemes, None, 10), whole)
+    assert sorted({row["step"] for row in whole}) == [2, 4, 6, 8, 10, 12]
+    assert_rows(evaluate_trajectory(other, {}, None, 10), [row for row in whole if row["scheme"] == "run"])
+
+
+def test_a_trajectory_that_is_none_is_refused(tmp_path, copied):
+    with pytest.raises(LawaError, match="nowhere"):
+        evaluate_trajectory(tmp_path / "nowhere", {})
+    with pytest.raises(LawaError, match="5"):
+        evaluate_trajectory(copied, {}, (5,))
+    assert not (copied / "eval.csv").exists()
+
+
+# ---- the GPT ------------------------------------------------------------------------------------------------------------------------
+
+TINY = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "vocab_size": 97}
+IDX = torch.from_numpy(np.random.default_rng(1).integers(0, 97, (2, 24)))
+
+
+def hf_gpt2(**changes):
+    """transformers' GPT-2 with every weight and bias random, large enough that each matters."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    net = GPT2LMHeadModel(GPT2Config(**TINY | {"bos_token_id": 0, "eos_token_id": 0} | changes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+def logits(net, idx=IDX):
+    with torch.no_grad():
+        found = net(idx)
+    return found[0] if isinstance(found, tuple) else found.logits
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_loads_what_transformers_saves(scaled, activation, tmp_path):
+    theirs = hf_gpt2(scale_attn_by_inverse_layer_idx=scaled, activation_function=activation)
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path)
+    assert (ours.config.n_layer, ours.config.block_size, ours.config.vocab_size, ours.config.bias) == (3, 24, 97, True)
+    assert ours.config.scale_attn_by_inverse_layer_idx is scaled
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+    other = hf_gpt2(scale_attn_by_inverse_layer_idx=not scaled, activation_function=activation)
+    assert (logits(other) - logits(theirs)).abs().max() > 0.01  # the settings matter
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "none"])
+@pytest.mark.parametrize("scaled, bias", [(True, False), (False, True), (True, True)])
+def test_transformers_loads_what_save_hf_writes(scaled, bias, gelu, tmp_path):
+    from transformers import AutoModelForCausalLM
+    config = GPTConfig(3, 4, 32, 24, 97, bias=bias, scale_attn_by_inverse_layer_idx=scaled, gelu=gelu)
+    ours, generator = GPT(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    before = ref.state_bits(ours.state_dict())
+    save_hf(tmp_path / "a b" / "folder", config, ours.state_dict())
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a b" / "folder", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(ours), logits(theirs.eval()), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(load_hf(tmp_path / "a b" / "folder")), logits(ours), rtol=0, atol=1e-5)
+    assert ref.state_bits(ours.state_dict()) == before
+    assert sorted(os.listdir(tmp_path / "a b" / "folder")) == ["config.json", "model.safetensors"]
+
+
+def as_hub_file(state):
+    """The names of the Hub's openai-community/gpt2: no prefix, causal masks as buffers, no output layer."""
+    found = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    return found | {f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 24, 24)) for i in range(3)}
+
+
+@pytest.mark.parametrize("layout", ["hub", "bin", "sharded", "bf16"])
+def test_loads_other_layouts(layout, tmp_path):
+    theirs = hf_gpt2()
+    if layout == "bf16":
+        theirs.bfloat16().save_pretrained(tmp_path)
+        theirs.float()
+    else:
+        theirs.save_pretrained(tmp_path, **({"max_shard_size": "50KB"} if layout == "sharded" else {}))
+    if layout in ("hub", "bin"):
+        (tmp_path / "model.safetensors").unlink()
+        state = as_hub_file(theirs.state_dict())
+        if layout == "bin":
+            torch.save(state, tmp_path / "pytorch_model.bin")
+        else:
+            ref.write_safetensors(tmp_path / "model.safetensors", state)
+    torch.testing.assert_close(logits(load_hf(tmp_path)), logits(theirs), rtol=0, atol=1e-4)
+
+
+UNUSUAL = [{"layer_norm_epsilon": 1e-2}, {"n_inner": 48}, {"scale_attn_weights": False}, {"tie_word_embeddings": False},
+           {"activation_function": "relu"}, {"activation_function": "gelu_pytorch_tanh"}]
+
+
+@pytest.mark.parametrize("changes", UNUSUAL, ids=str)
+def test_unusual_settings_are_honoured_or_refused(changes, tmp_path):
+    """Never other logits than transformers' without a word."""
+    theirs = hf_gpt2(**changes)
+    theirs.save_pretrained(tmp_path)
+    try:
+        ours = load_hf(tmp_path)
+    except LawaError as error:
+        assert "\n" not in str(error) and str(tmp_path) in str(error)
+        return
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+
+
+def test_folders_that_are_no_gpt2_are_refused(tmp_path):
+    with pytest.raises(LawaError, match="nowhere"):
+        load_hf(tmp_path / "nowhere")
+    hf_gpt2().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    with pytest.raises(LawaError, match="llama"):
+        load_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"n_layer": 4}))
+    with pytest.raises(LawaError, match=r"h\.3"):
+        load_hf(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A small GPT with large random weights, so that everything matters."""
+    found, generator = GPT(GPTConfig(3, 4, 32, 24, 97)), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in found.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize("position", [0, 1, 11, 22])
+def test_future_tokens_do_not_matter(net, position):
+    other = IDX.clone()
+    other[:, position + 1:] = (other[:, position + 1:] + 1) % 97
+    here, there = logits(net), logits(net, other)
+    torch.testing.assert_close(there[:, :position + 1], here[:, :position + 1], rtol=0, atol=1e-5)
+    assert ((there - here)[:, position + 1:].abs().amax(-1) > 1e-2).all()
+    torch.testing.assert_close(logits(net, IDX[:, :position + 1]), here[:, :position + 1], rtol=0, atol=1e-5)  # nor the length
+    other = IDX.clone()
+    other[:, position] = (other[:, position] + 1) % 97
+    assert ((logits(net, other) - here)[:, position:].abs().amax(-1) > 1e-4).all()  # but the past does, all of it
+
+
+def test_loss(net):
+    targets = torch.roll(IDX, -1, 1)
+    found, loss = net(IDX, targets)
+    each = -F.log_softmax(found.double(), -1).gather(-1, targets[..., None])[..., 0]
+    assert float(loss) == pytest.approx(float(each.mean()), rel=1e-5)
+    torch.testing.assert_close(net(IDX, targets, reduction="none")[1].double(), each, rtol=1e-4, atol=1e-5)
+    assert net(IDX)[1] is None
+
+
+def test_too_long_a_sequence_is_refused(net):
+    with pytest.raises(LawaError, match=r"24.*25"):
+        net(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(LawaError, match="n_head"):
+        GPTConfig(2, 3, 64, 64, 257)
+
+
+def test_initial_weights():
+    """normal(0, 0.02), residual projections divided by sqrt(2 n_layer), norms 1, biases 0 (GPT-2)."""
+    config = GPTConfig(4, 4, 128, 64, 512, bias=True)
+    for name, p in GPT(config, 3).named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
+            continue
+        std = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
+        noise = 5 / math.sqrt(p.numel())  # five standard errors of the mean; of the standard deviation they are smaller
+        assert float(p.std()) == pytest.approx(std, rel=noise) and abs(float(p.mean())) < noise * std, name
+        assert 3 * std < float(p.abs().max()) < 6.5 * std, name
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    config = model.preset("nano", 257)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = ref.state_bits(GPT(config, 5).state_dict())
+    assert torch.equal(torch.get_rng_state(), before), "GPT() draws from the global generator"
+    torch.manual_seed(2)
+    assert ref.state_bits(GPT(config, 5).state_dict()) == first
+    assert ref.state_bits(GPT(config, 6).state_dict()) != first
+
+
+SIZES = {  # layers, heads, width, and the millions of parameters that these sizes of GPT-2 are known to have
+    "gpt2-small": (12, 12, 768, 124), "gpt2-medium": (24, 16, 1024, 355), "gpt2-large": (36, 20, 1280, 774)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts_of_the_papers_sizes(name):
+    n_layer, n_head, width, millions = SIZES[name]
+    with torch.device("meta"):
+        net = GPT(model.preset(name, 50_257))
+    total, vocabulary = sum(p.numel() for p in net.parameters()), 50_304  # 50,257 padded to a multiple of 64
+    assert total == 12 * n_layer * width**2 + (2 * n_layer + 1) * width + (vocabulary + 1024) * width
+    assert total / 1e6 == pytest.approx(millions, abs=1.5)  # OpenAI's have biases
+    assert net.config == GPTConfig(n_layer, n_head, width, 1024, vocabulary, bias=False, scale_attn_by_inverse_layer_idx=True)
+
+
+# ---- scales and plans ---------------------------------------------------------------------------------------------------------------
+
+PAPER = {  # tokens per step, checkpoint interval, usual rate, high rate, final rate of the high one
+    "gpt2-small": (393_216, 200, 6e-4, 6e-3, 6e-4), "gpt2-medium": (147_456, 2000, 3e-4, 3e-3, 3e-4),
+    "gpt2-large": (49_152, 1000, 2e-4, 2e-3, 1e-5)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_scales(name):
+    tokens, interval, usual, high, final = PAPER[name]
+    config = model.scale_config(model.scale_values(name))
+    assert (config.preset, config.corpus, config.lr, config.ckpt_interval) == (name, "openwebtext", usual, interval)
+    assert (config.max_iters, config.warmup_iters, config.schedule) == (70_000, 2000, "cosine")
+    assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+    assert config.batch_size * config.accumulation * 1024 == config.tokens_per_step == tokens
+    swept = model.scale_config(model.scale_values(name), lr=high)
+    assert learning_rate(swept, 70_000) == pytest.approx(final, rel=1e-6)
+    found = model.cost(config, 50_257)
+    assert found["tokens"] == 70_000 * tokens
+    assert found["flops"] == pytest.approx(6 * found["parameters"] * found["tokens"], rel=0.35)  # attention comes on top
+
+
+@pytest.mark.parametrize("name", model.SCALES)
+def test_every_scale_is_consistent(name, command):
+    values = model.scale_values(name)
+    config = model.scale_config(values)
+    assert values["spacing"] % config.ckpt_interval == 0 and values["k"] >= 1
+    assert config.warmup_iters + (values["k"] - 1) * values["spacing"] < config.max_iters  # a full window past the warm-up
+    status, out, err = command("plan", "--scale", name)
+    assert (status, err) == (0, "")
+    assert all(word in out for word in ("parameters", "tokens", "FLOP", "hours"))
+
+
+def test_plan_follows_the_flags(command):
+    first, second = (command("plan", "--scale", "gpt2-small", *more)[1] for more in ((), ("--max_iters", "35000")))
+    assert first != second
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------------------------
+
+def test_sample_is_deterministic_text(run, command):
+    options = ((), (), ("--seed", 1), ("--scheme", "lawa(k=3, spacing=2)"))
+    texts = [command("sample", run, "--prompt", "abc", "--tokens", 30, *more) for more in options]
+    assert [status for status, _, _ in texts] == [0] * 4, texts
+    assert [err for _, _, err in texts] == [""] * 4
+    first, second, other, averaged = (out for _, out, _ in texts)
+    assert first == second and first.startswith("abc") and len(first) > 4
+    assert len({first, other, averaged}) == 3
+    assert model.sample(run, prompt="abc", tokens=30) == first.removesuffix("\n")
+    greedy = [model.sample(run, prompt="abc", tokens=10, temperature=0, seed=seed) for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("argv, words", [(("--prompt", ""), "prompt"), (("--scheme", "lawa(k=0)"), "k"), (("--at", "5"), "5"),
+                                         (("--tokens", "-1"), "tokens")])
+def test_sample_refuses(argv, words, run, command):
+    status, out, err = command("sample", run, *argv)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1 and all(word in err for word in words.split())
+
+
+# ---- many runs ----------------------------------------------------------------------------------------------------------------------
+
+def test_train_all(config, tmp_path, monkeypatch, capsys):
+    """In order, each run once, what is finished left alone; one that fails is named when the others are done."""
+    monkeypatch.setattr(model, "RUNS", tmp_path)
+    seeds = [changed(config, seed=seed) for seed in (0, 1)]
+    done = train(seeds[0])
+    before = digest(done)
+    bad = changed(config, lr=1e30, warmup_iters=0)
+    with pytest.raises(LawaError) as caught:
+        model.train_all([bad, *seeds, seeds[1]], jobs=2)
+    assert run_dir(bad).name in str(caught.value) and run_dir(seeds[1]).name not in str(caught.value)
+    assert "\n" not in str(caught.value) and "loss" in str(caught.value)
+    assert digest(done) == before
+    assert column(run_dir(seeds[1]), "step") == list(range(1, 13))
+    assert " left" in capsys.readouterr().out
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing to do: not even a process is started
+    assert model.train_all([seeds[1], *seeds]) == [run_dir(seeds[1]), *map(run_dir, seeds)]
+
+
+# ---- importing, compiling -----------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import json, sys
+seen = []
+def hook(event, args):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if writes or event in ("socket.connect", "subprocess.Popen", "os.mkdir", "os.rename"):
+        seen.append([event, str(args[0])])
+sys.addaudithook(hook)
+import torch
+seen.clear()  # what torch does is its own affair
+import model
+heavy = {"transformers", "matplotlib", "jupyter", "tiktoken"} & set(sys.modules)
+print(json.dumps([model.__file__, seen, torch.cuda.is_initialized(), sorted(heavy)]))
+"""
+
+
+def test_import_from_anywhere_does_no_work(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert json.loads(done.stdout) == [str(ROOT / "model.py"), [], False, []]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiling(request, config, tmp_path_factory):
+    """Compiling takes a good part of a minute: it begins in the background with the first test, if its own will be run at all."""
+    if not any(item.name == "test_torch_compile" for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("compiled")
+    argv = [sys.executable, str(ROOT / "model.py"), "train", "--compile", *map(str, flags(config, folder / "run"))]
+    with open(folder / "log", "w") as log, subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder) as process:
+        yield process, folder
+        process.kill()
+
+
+def test_torch_compile(compiling, config, run):
+    process, folder = compiling
+    assert process.wait(timeout=300) == 0, (folder / "log").read_text()
+    assert column(folder / "run", "loss") == pytest.approx(column(run, "loss"), rel=1e-4)
+    assert list(weights(folder / "run", 12)) == list(weights(run, 12))
