@@ -22,6 +22,7 @@ import glob
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import shlex
@@ -117,7 +118,9 @@ class Entry:
 
     def in_memory(self) -> Entry:
         """The same tensor, its bytes read now."""
-        data = self.read()
+        data = _pages(self.nbytes)
+        for start in range(0, self.nbytes, TILE):
+            data[start:start + TILE] = self.read(start, min(start + TILE, self.nbytes), copy=False)
         return dataclasses.replace(self, load=lambda: data)
 
     def read(self, start: int = 0, stop: int | None = None, copy: bool = True) -> np.ndarray:
@@ -134,6 +137,11 @@ class Entry:
             if count == 0:
                 raise LawaError(f"{self.path} is truncated: it ends inside a tensor; copy it again")
         return out
+
+
+def _pages(nbytes: int) -> np.ndarray:
+    """Fresh bytes on pages of their own, which go back to the system as soon as they are dropped; the heap would keep some of them."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
 
 
 class Checkpoint(Mapping):
@@ -1107,7 +1115,7 @@ def stream(source, schemes: Mapping[str, Callable], at=None, on_disk: bool = Fal
         before = Checkpoint(checkpoint.path, {name: dataclasses.replace(e, load=None) for name, e in checkpoint.entries.items()}, checkpoint.aliases)
         for name, scheme in rows.items():
             if step in scheme:
-                spent = [s for s in held if last[s] <= step and name == next(reversed(rows))]
+                spent = [s for s in held if last[s] <= step and name == next(reversed(rows)) and not on_disk]
                 yield step, name, _tied(_weigh(scheme[step], held, spent), checkpoint.aliases)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
@@ -1124,30 +1132,31 @@ def _schedule(trajectory: Trajectory, schemes: Mapping[str, Callable], at) -> tu
 
 
 def _weigh(weights: Mapping[int, float], held: Mapping[int, dict[str, Entry]], spent=()) -> dict:
-    """One row over entries, {name: torch.Tensor}; the entries of steps that are `spent` are dropped as soon as they are used."""
+    """One row over entries, {name: torch.Tensor}. Steps that are `spent` lose their entries: the average is written over the oldest."""
     state, coefficients = {}, np.array([list(weights.values())])
     for name in list(held[max(weights)]):
         entries = [held[step][name] for step in weights]
-        state[name] = _tensor(_mix_tiles(coefficients, name, entries), entries[-1].dtype, entries[-1].shape)
+        state[name] = _tensor(_mix_tiles(coefficients, name, entries, min(weights) in spent), entries[-1].dtype, entries[-1].shape)
         for step in spent:
             held[step].pop(name, None)
     return state
 
 
-def _mix_tiles(coefficients: np.ndarray, name: str, entries: list[Entry]) -> np.ndarray:
-    dtypes, newest = [entry.dtype for entry in entries], entries[-1]
+def _mix_tiles(coefficients: np.ndarray, name: str, entries: list[Entry], overwrite: bool) -> np.ndarray:
+    dtypes, oldest, newest = [entry.dtype for entry in entries], entries[0], entries[-1]
     if len(entries) == 1:
-        return newest.read(copy=False)
-    out = np.empty(newest.nbytes, np.uint8)
+        return (newest if newest.load else newest.in_memory()).loaded
+    out = oldest.loaded if overwrite and oldest.load and oldest.dtype == newest.dtype else _pages(newest.nbytes)
 
     def tile(start):
         stop = min(start + TILE // 2, newest.numel)
         raws = [entry.read(start * itemsize(entry.dtype), stop * itemsize(entry.dtype), copy=False) for entry in entries]
-        out[start * itemsize(newest.dtype):stop * itemsize(newest.dtype)], = mix(coefficients, raws, dtypes, [newest.dtype])
+        mixed, = mix(coefficients, raws, dtypes, [newest.dtype])
+        if newest.dtype in FLOATS and not _finite(mixed, newest.dtype):
+            raise LawaError("; ".join(_blame(name, entries, raws, newest.dtype)))
+        out[start * itemsize(newest.dtype):stop * itemsize(newest.dtype)] = mixed
     with ThreadPoolExecutor(max((os.cpu_count() or 2) - 1, 1)) as pool:
         list(pool.map(tile, range(0, newest.numel, TILE // 2)))
-    if newest.dtype in FLOATS and not _finite(out, newest.dtype):
-        raise LawaError("; ".join(_blame(name, entries, [entry.read(copy=False) for entry in entries], newest.dtype)))
     return out
 
 

@@ -222,7 +222,7 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return logits, loss.view_as(targets) if reduction == "none" else loss
 
-    def losses(self, idx, targets, memory: int = 1 << 27):
+    def losses(self, idx, targets, memory: int = 1 << 26):
         """Losses in nats per token, (B, T), with no more than about `memory` bytes of logits at a time; for evaluation."""
         x, rows = self.hidden(idx).flatten(0, 1), max(memory // (4 * self.config.vocab_size), 1)
         parts = [F.cross_entropy(F.linear(part, self.head).float(), answers, reduction="none")
@@ -1151,8 +1151,8 @@ def zero_shot(folder, tasks: list[str], *, device: str = "cpu", **options) -> li
         import lm_eval
     except ImportError:
         raise LawaError('zero-shot tasks need lm_eval: pip install "lawa-lab[zeroshot]"') from None
-    dtype = "float16" if device == "cuda" else "float32"
-    results = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(folder), "dtype": dtype}, tasks=tasks, device=device, **options)
+    source = {"pretrained": str(folder), "dtype": "float16" if device == "cuda" else "float32"}
+    results = lm_eval.simple_evaluate(model="hf", model_args=source, tasks=tasks, device=device, **options)
     return [{"task": task, "accuracy": values["acc,none"], "stderr": values["acc_stderr,none"]}
             for task, values in results["results"].items()]
 

@@ -309,6 +309,15 @@ def test_memory_is_the_window(tmp_path):
         assert peak <= most + tiles, f"{peak / one:.2f} checkpoints"
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_checkpoint_with_nan_is_named(tmp_path, on_disk):
+    for step in (1, 2, 3):
+        save(tmp_path / f"ckpt_{step}.safetensors", {"w": torch.full((5,), float("nan") if step == 2 else step)})
+    with pytest.raises(LawaError, match=r"ckpt_2.safetensors: w holds NaN or Inf") as error:
+        list(lawa_core.stream(tmp_path, {"lawa": lawa(3, 1)}, [3], on_disk))
+    assert "ckpt_1" not in str(error.value) and "ckpt_3" not in str(error.value)
+
+
 def test_stream_equals_sweep_to_the_bit(tmp_path, branches):
     for on_disk in (False, True):
         streamed = {(step, name): {n: t.clone() for n, t in state.items()} for step, name, state in
