@@ -1105,6 +1105,8 @@ def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, 
     schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
     done = _Cache(cache and Path(cache), n_blocks)
     missing = [step for step in at if any(done.get(step, scheme) is None for scheme in schemes.values())]
+    config = hf_config(trajectory.companions())
+    _check_tokens(corpus, config, trajectory.companions() / "tokenizer.json")
     states, gpt, own = lawa_core.stream(trajectory, schemes, missing, on_disk), None, None
     begun, told, count, total = time.monotonic(), 0.0, 0, len(missing) * len(schemes)
     coming = lawa_core.soon(next, states, None)
@@ -1112,7 +1114,7 @@ def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, 
         step, label, state = item
         if gpt is None:  # in half precision where the files are and the device is made for it
             half = device.type == "cuda" and next(iter(state.values())).dtype == torch.float16
-            gpt = blank(hf_config(trajectory.companions()), device, torch.float16 if half else torch.float32)
+            gpt = blank(config, device, torch.float16 if half else torch.float32)
         if each:
             each(step, label, state)
         fill(gpt, state)
@@ -1140,6 +1142,14 @@ def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterato
         if name == list(rows)[-1]:
             for own, path in kept.items():
                 yield step, own, dict(lawa_core.open_checkpoint(path / checkpoint_name(step)))
+
+
+def _check_tokens(corpus: Corpus, config: GPTConfig, tokenizer: Path) -> None:
+    """Refuse text in other tokens than the model's: its losses would look like losses."""
+    made_with = corpus.meta.get("tokenizer_sha256")
+    other = made_with and tokenizer.exists() and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != made_with
+    if other or corpus.vocab_size > config.vocab_size:
+        raise LawaError(f"{corpus.name} is not in this model's tokens; prepare the text again with --tokenizer {tokenizer}")
 
 
 def zero_shot(folder, tasks: list[str], *, device: str = "cpu", **options) -> list[dict]:

@@ -140,11 +140,12 @@ def report(config, args, results: dict) -> None:
     seconds = {part: statistics.median(row["seconds"] for row in rows) for part, rows in results.items()}
     memory = {part: max(row["bytes"] for row in rows) for part, rows in results.items()}
     fetched = [row["sent"] / row["needed"] for part, rows in results.items() if part != "alone" for row in rows]
-    print(f"{args.preset}: {parameters / 1e6:.1f}M parameters, {args.points} + {args.points} models, k = {args.k}, median of {args.repeats}")
+    print(f"{args.preset}: {parameters / 1e6:.1f}M parameters, {args.points} + {args.points} models, k = {args.k}, "
+          f"median of {args.repeats}")
     for part in ("in memory", "on disk"):
         print(f"window {part}: {seconds[part] / seconds['alone']:.3f} times evaluating alone (aim: at most 1.15)")
     bound = live + args.k * stored + 300e6
-    print(f"window in memory: peak {memory['in memory'] / bound:.3f} of a model + k checkpoints + 300 MB = {bound / 1e6:.0f} MB (aim: 1)")
+    print(f"window in memory: peak {memory['in memory'] / bound:.3f} of a model, k checkpoints and 300 MB (aim: at most 1)")
     print(f"window on disk: peak {memory['on disk'] / live:.3f} models of {live / 1e6:.0f} MB (aim: at most 2)")
     print(f"evaluating alone: peak {memory['alone'] / live:.3f} models, so activations are {(memory['alone'] - live) / 1e6:.0f} MB")
     print(f"fetched: {max(fetched):.3f} of one copy of each revision used")

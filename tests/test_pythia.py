@@ -312,7 +312,7 @@ def test_memory_is_the_window(tmp_path):
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_checkpoint_with_nan_is_named(tmp_path, on_disk):
     for step in (1, 2, 3):
-        save(tmp_path / f"ckpt_{step}.safetensors", {"w": torch.full((5,), float("nan") if step == 2 else step)})
+        save(tmp_path / f"ckpt_{step}.safetensors", {"w": torch.full((5,), float("nan") if step == 2 else float(step))})
     with pytest.raises(LawaError, match=r"ckpt_2.safetensors: w holds NaN or Inf") as error:
         list(lawa_core.stream(tmp_path, {"lawa": lawa(3, 1)}, [3], on_disk))
     assert "ckpt_1" not in str(error.value) and "ckpt_3" not in str(error.value)
@@ -531,6 +531,14 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float16" and (folder / "tokenizer.json").exists()
         same_logits(load_hf(folder), folder, tokens(CONFIG, 20))
     assert kept.keys() == {"run", "lawa"}
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": CONFIG.vocab_size + 1}, {"tokenizer_sha256": "0" * 64}])
+def test_text_in_other_tokens_is_refused(hub, tmp_path, corpus, change):
+    corpus.meta.update(change)
+    with pytest.raises(LawaError, match=r"noise is not in this model's tokens; prepare the text again with --tokenizer .*tokenizer.json"):
+        model.replay(opened(hub, tmp_path), {}, corpus, n_blocks=2, device="cpu")
+    assert not weights_sent(hub)
 
 
 def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
