@@ -22,7 +22,7 @@ import lawa_core
 from lawa_core import LawaError
 
 IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # names a kernel brings along
-MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # so that curves tell apart in black and white
+MARKERS, DASHES = tuple("os^Dv"), ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # so that curves tell apart in black and white
 
 
 class Lab:
@@ -37,7 +37,7 @@ class Lab:
         import model
         known = namespace.get("__annotations__") or namespace["__annotate__"](1)  # Python 3.14 keeps them in a function
         given = {key: namespace[key] for key in known}
-        again = any(isinstance(value, Lab) for value in namespace.values())  # the cell is run anew, after cells that made names of their own
+        again = any(isinstance(value, Lab) for value in namespace.values())  # run anew, after cells that made names of their own
         strange = [key for key, value in namespace.items() if not again and key not in known and key not in IPYTHON and key[0] != "_"
                    and isinstance(value, (int, float, str, list, dict))]
         problems = [f"unknown parameter {key!r}; known are {', '.join(known)}" for key in strange]
@@ -56,22 +56,28 @@ class Lab:
             raise LawaError(f"spacing must be a multiple of the checkpoint interval {self.config.ckpt_interval}, got {self.spacing}")
         lawa_core.lawa(self.k, self.spacing)
         self.folder = Path(values.get("out") or model.ROOT / "results" / f"scale-{values['scale']}") / name
-        self.figures, self.verdicts = [], []
+        self.figures, self.verdicts, self.planned = [], [], set()
         _style()
 
-    def points(self, n: int = 20) -> list[int]:
-        """About n checkpoint steps, evenly spread over the run: where losses are evaluated."""
-        steps = self.config.checkpoint_steps
-        return sorted({min(steps, key=lambda step: abs(step - self.config.max_iters * i / n)) for i in range(1, n + 1)})
+    def points(self, n: int = 20, config=None) -> list[int]:
+        """About n checkpoint steps, evenly spread over a run, by default the scale's: where losses are evaluated."""
+        config = config or self.config
+        return sorted({min(config.checkpoint_steps, key=lambda step: abs(step - config.max_iters * i / n)) for i in range(1, n + 1)})
 
-    def evaluate(self, configs, schemes: dict, at, fields=("lr", "seed")) -> list[dict]:
-        """Train what is not trained, evaluate run and averages; rows of `model.evaluate_trajectory` with the configurations' `fields`."""
+    def evaluate(self, configs, schemes, at, fields=("lr", "seed")) -> list[dict]:
+        """Train what is not trained, evaluate run and averages; rows of `model.evaluate_trajectory` with the configurations' `fields`.
+
+        schemes, at: as for `model.evaluate_trajectory`, or functions of the configuration that return them.
+        """
         import model
         configs = list(configs)
-        print(model.plan(configs))
+        if new := [config for config in configs if config not in self.planned]:
+            print(model.plan(new))
+            self.planned.update(new)
+        schemes, at = (given if callable(given) else lambda config, given=given: given for given in (schemes, at))
         return [{field: getattr(config, field) for field in fields} | row
                 for config, run in zip(configs, model.train_all(configs), strict=True)
-                for row in model.evaluate_trajectory(run, schemes, at, self.values["n_blocks"])]
+                for row in model.evaluate_trajectory(run, schemes(config), at(config), self.values["n_blocks"])]
 
     def figure(self, fig, name: str, title: str, caption: str) -> None:
         """Keep a matplotlib figure as PNG under the results; the notebook shows it as well."""
@@ -138,6 +144,16 @@ def grid(rows: list[dict], column: str, **axes) -> np.ndarray:
         if all(row[name] == value for name, value in fixed.items()) and all(row[name] in values for name, values in lists.items()):
             out[tuple(values.index(row[name]) for name, values in lists.items())] = row[column]
     return out
+
+
+def chosen_elsewhere(values) -> list[int]:
+    """For each seed the candidate that is best on the mean of the *other* seeds, so no run chooses for itself.
+
+    values: (candidates, seeds), higher is better, nan where a candidate does not exist. A single seed chooses for itself.
+    """
+    values = np.asarray(values, float)
+    seeds = range(values.shape[1])
+    return [int(np.nanargmax(values[:, [other for other in seeds if other != seed] or [seed]].mean(1))) for seed in seeds]
 
 
 def beyond_spread(differences) -> bool | None:

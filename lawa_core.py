@@ -27,7 +27,6 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -48,6 +47,10 @@ class LawaError(ValueError):
     """A mistake the user can mend: says what was expected, what came, and what to do."""
 
 
+class JobFailed(LawaError):
+    """The input was right and the work failed all the same: a full disk, a validation program that crashed."""
+
+
 # ---- 1. Checkpoints on disk ---------------------------------------------------------------------------------------------------------
 
 # safetensors' dtype code -> (numpy storage type, torch's name). numpy has no bfloat16: its bits travel as uint16.
@@ -60,7 +63,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SINGLES, INDEXES = ("model.safetensors", "pytorch_model.bin"), ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 NESTED = ("model", "state_dict", "model_state_dict", "module")  # where trainers put the weights inside a .pt
 BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")  # no weights, though Hugging Face's files hold them
-WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes; only in front: encoder.module.w keeps its name
+WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
 
 
 def itemsize(dtype: str) -> int:
@@ -82,27 +85,25 @@ def step_of(path) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _stamp(path) -> tuple[int, int, int]:
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+@contextlib.contextmanager
+def _explained(text: str):
+    """Whatever a broken file makes its reader raise, as one line that begins with `text`."""
+    try:
+        yield
+    except LawaError:
+        raise
+    except Exception as error:
+        raise LawaError(f"{text} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
 
 
-@functools.lru_cache(maxsize=256)  # bounded, for trajectories of more files than a process may hold open
-def _open_file(path: str, stamp: tuple):
-    if _stamp(path) != stamp:
-        raise LawaError(f"{path} changed while it was being read; wait until its writer is done")
-    return open(path, "rb", buffering=0)  # noqa: SIM115 - closed when the cache lets go of it
-
-
-@dataclass
+@dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint, not yet read: bytes at an offset of a file, or a function that returns them (torch's formats)."""
+    """One tensor of a checkpoint, not yet read."""
     dtype: str  # safetensors' code
     shape: tuple[int, ...]
     path: str
-    offset: int = 0  # bytes from the start of the file
-    stamp: tuple = ()  # the file's identity when its header was read
-    load: Callable[[], np.ndarray] | None = None
+    read: Callable[[int, int], np.ndarray]  # its bytes [start, stop), row-major, as a fresh uint8 array
+    peek: Callable[[], bytes] | None = None  # some of its bytes, where reading a part costs as much as the whole
 
     @property
     def numel(self) -> int:
@@ -112,36 +113,9 @@ class Entry:
     def nbytes(self) -> int:
         return self.numel * itemsize(self.dtype)
 
-    @functools.cached_property
-    def loaded(self) -> np.ndarray:
-        return self.load()
-
-    def in_memory(self) -> Entry:
-        """The same tensor, its bytes read now."""
-        data = _pages(self.nbytes)
-        for start in range(0, self.nbytes, TILE):
-            data[start:start + TILE] = self.read(start, min(start + TILE, self.nbytes), copy=False)
-        return dataclasses.replace(self, load=lambda: data)
-
-    def read(self, start: int = 0, stop: int | None = None, copy: bool = True) -> np.ndarray:
-        """This tensor's bytes [start, stop) as a uint8 array, fresh unless copy=False finds them in memory."""
-        if self.load and not copy:
-            return self.loaded[start:stop]
-        out = np.empty((self.nbytes if stop is None else stop) - start, np.uint8)
-        if self.load:
-            out[:] = self.loaded[start:start + len(out)]
-            return out
-        file, done = _open_file(self.path, self.stamp), 0
-        while done < len(out):  # a read may come back short
-            done += (count := os.preadv(file.fileno(), [out[done:]], self.offset + start + done))
-            if count == 0:
-                raise LawaError(f"{self.path} is truncated: it ends inside a tensor; copy it again")
-        return out
-
-
-def _pages(nbytes: int) -> np.ndarray:
-    """Fresh bytes on pages of their own, which go back to the system as soon as they are dropped; the heap would keep some of them."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
+    def sample(self) -> bytes:
+        middle = max(self.nbytes - 64, 0) // 16 * 8
+        return self.peek() if self.peek else self.read(middle, min(middle + 64, self.nbytes)).tobytes()
 
 
 class Checkpoint(Mapping):
@@ -151,11 +125,12 @@ class Checkpoint(Mapping):
     """
 
     def __init__(self, path, entries: Mapping[str, Entry], aliases: Mapping[str, str] | None = None, metadata: Mapping | None = None):
-        self.path, self.metadata = Path(path), dict(metadata or {})
-        self.entries = _strip(entries, path)
-        self.aliases = {name: WRAPPERS.sub("", kept) for name, kept in _strip(aliases or {}, path).items()}
-        if not entries or self.entries.keys() & self.aliases.keys():
-            raise LawaError(f"{path} holds {'one tensor under two names' if entries else 'no tensors'}; expected a model's weights")
+        self.path, self.entries, self.aliases, self.metadata = Path(path), dict(entries), dict(aliases or {}), dict(metadata or {})
+        if not entries:
+            raise LawaError(f"{path} holds no tensors; expected a model's weights")
+
+    def entry(self, name: str) -> Entry:
+        return self.entries[self.aliases.get(name, name)]
 
     @property
     def nbytes(self) -> int:
@@ -163,24 +138,28 @@ class Checkpoint(Mapping):
 
     @property
     def dtypes(self) -> dict[str, str]:
-        return {name: entry.dtype for name, entry in self.entries.items()}
+        return {name: self.entry(name).dtype for name in self}
 
     @property
     def shapes(self) -> dict[str, tuple]:
-        return {name: entry.shape for name, entry in self.entries.items()}
+        return {name: self.entry(name).shape for name in self}
 
     @functools.cached_property
     def sample(self) -> str:
         """sha256 over 64 bytes from the middle of every tensor: equal for identical weights, cheap at any size."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
-            middle = max(entry.nbytes - 64, 0) // 2
-            digest.update(name.encode() + entry.read(middle, min(middle + 64, entry.nbytes)).tobytes())
+            digest.update(name.encode() + entry.sample())
         return digest.hexdigest()
 
+    def files(self) -> list[tuple]:
+        """(path, inode, size, time of change) of every file it is read from."""
+        inside = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        return [(str(path), *_stamp(path)) for path in inside if path.exists()]
+
     def __getitem__(self, name):
-        entry = self.entries[self.aliases.get(name, name)]
-        return _tensor(entry.read(), entry.dtype, entry.shape)
+        entry = self.entry(name)
+        return _tensor(entry.read(0, entry.nbytes), entry)
 
     def __contains__(self, name):
         return name in self.entries or name in self.aliases
@@ -192,33 +171,24 @@ class Checkpoint(Mapping):
         return len(self.entries) + len(self.aliases)
 
 
-def _strip(named: Mapping, path) -> dict:
-    stripped = {WRAPPERS.sub("", name): value for name, value in named.items()}
-    if len(stripped) < len(named):
-        twice = next(name for name in named if WRAPPERS.sub("", name) != name and WRAPPERS.sub("", name) in named)
-        raise LawaError(f"{path}: {twice!r} and {WRAPPERS.sub('', twice)!r} are one name once wrapper prefixes are stripped; keep one")
-    return stripped
-
-
-def _tied(state: Mapping[str, Checkpoint], aliases: Mapping[str, str]) -> dict:
-    """The state dict with its tied names, which share one tensor."""
-    return {**state, **{alias: state[kept] for alias, kept in aliases.items()}}
-
-
-def _tensor(data: np.ndarray, dtype: str, shape):
-    """Bytes -> torch.Tensor on the same memory."""
+def _tensor(data: np.ndarray, entry: Entry):
+    """Bytes -> torch.Tensor of the entry's type and shape, on the same memory."""
     import torch
-    return torch.from_numpy(data).view(getattr(torch, DTYPES[dtype][1])).reshape(shape)
+    storage, name = DTYPES[entry.dtype]
+    return torch.from_numpy(data.view(storage)).view(getattr(torch, name)).reshape(entry.shape)
 
 
 def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     """Open .safetensors, .pt/.pth/.bin/.ckpt, a Hugging Face folder (single or sharded) or a torch distributed checkpoint folder.
 
     Args: path; key: where a nested .pt or distributed checkpoint holds its weights (default: `model`, `state_dict`,
-    `model_state_dict`, `module`, or at the top). Wrapper prefixes `_orig_mod.` and `module.` are stripped. Only tensors are unpickled.
-    Returns a `Checkpoint`. Errors: LawaError for a missing, truncated, corrupt or unsafe file, naming it.
+    `model_state_dict`, `module`, or at the top). Wrapper prefixes `_orig_mod.` and `module.` in front of all names are stripped. Only
+    tensors are unpickled. Returns a `Checkpoint`. Errors: LawaError for a missing, truncated, corrupt or unsafe file, naming it.
     """
-    path = Path(path)
+    return _stripped(_open(Path(path), key))
+
+
+def _open(path: Path, key: str | None) -> Checkpoint:
     if not path.exists():
         raise LawaError(f"no such checkpoint: {path}")
     if not path.is_dir():
@@ -230,35 +200,66 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
             return _open_sharded(path, index, key)
     for single in SINGLES:
         if (path / single).exists():
-            inside = open_checkpoint(path / single, key)
+            inside = _open(path / single, key)
             return Checkpoint(path, _weights(inside.entries), inside.aliases, inside.metadata)
     raise LawaError(f"{path} is no checkpoint: expected one of {', '.join((*SINGLES, *INDEXES, '.metadata'))} in it")
 
 
+def _weights(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Without the causal mask, its fill value and the rotary frequencies, which some revisions of a model have and others lack."""
+    return {name: entry for name, entry in entries.items() if not (BUFFERS.search(name) and (len(entry.shape) != 1 or "inv_freq" in name))}
+
+
+def _stripped(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under its model's own names: a wrapper puts its prefix in front of all of them."""
+    bare = {name: WRAPPERS.sub("", name) for name in checkpoint}
+    if len(set(bare.values())) < len(bare):
+        twice = next(new for old, new in bare.items() if old != new and new in bare)
+        raise LawaError(f"{checkpoint.path} holds {twice!r} with and without a wrapper's prefix; keep one")
+    if any(old == new for old, new in bare.items()):
+        return checkpoint
+    entries = {bare[name]: entry for name, entry in checkpoint.entries.items()}
+    return Checkpoint(checkpoint.path, entries, {bare[name]: bare[kept] for name, kept in checkpoint.aliases.items()}, checkpoint.metadata)
+
+
 def _open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors."""
-    stamp = _stamp(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        base = 8 + (struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else stamp[1])
-        if base > stamp[1]:
-            raise LawaError(f"{path} is truncated or no safetensors file: {stamp[1]} bytes, expected a header of {base}")
-        try:
-            header = json.loads(file.read(base - 8))
-            metadata = header.pop("__metadata__", {})
-            spans = {name: info["data_offsets"] for name, info in header.items()}
-            entries = {name: Entry(info["dtype"], tuple(info["shape"]), str(path), base + spans[name][0], stamp) for name, info in header.items()}
-            sound = all(entry.dtype not in DTYPES or 0 <= spans[name][0] == spans[name][1] - entry.nbytes for name, entry in entries.items())
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise LawaError(f"{path}: corrupt safetensors header ({error}); copy it again") from None
-    strange = [f"{name} has type {entry.dtype}" for name, entry in entries.items() if entry.dtype not in DTYPES]
-    if strange or not sound:
-        raise LawaError(f"{path}: {strange[0]}, expected one of {', '.join(DTYPES)}" if strange else
-                        f"{path}: corrupt safetensors header (offsets and shapes disagree); copy it again")
-    if max((base + stop for _, stop in spans.values()), default=0) > stamp[1]:
-        raise LawaError(f"{path} is truncated: its header promises more than its {stamp[1]} bytes; copy it again")
-    aliases = {name: kept for name, kept in metadata.items() if kept in entries and name not in entries}  # safetensors' save_model writes so
+    stamp, entries = _stamp(path), {}
+    with open(path, "rb") as file, _explained(f"{path}: corrupt safetensors header; copy it again"):
+        base, size = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little"), stamp[1]
+        if base > size:
+            raise LawaError(f"{path} is truncated or no safetensors file: {size} bytes, expected a header of {base}")
+        header = json.loads(file.read(base - 8))
+        metadata = header.pop("__metadata__", {})
+        for name, info in header.items():
+            dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+            if dtype not in DTYPES:
+                raise LawaError(f"{path}: {name!r} has type {dtype!r}, expected one of {', '.join(DTYPES)}")
+            if not all(type(n) is int and n >= 0 for n in (*shape, start)) or stop - start != math.prod(shape) * itemsize(dtype):
+                raise ValueError(f"{name!r}: type, shape and offsets disagree")
+            if base + stop > size:
+                raise LawaError(f"{path} is truncated: its header promises {base + stop} bytes, there are {size}; copy it again")
+            entries[name] = Entry(dtype, shape, str(path), functools.partial(_read_file, str(path), stamp, base + start))
+        aliases = {name: kept for name, kept in json.loads(metadata.get("ties", "{}")).items() if kept in entries and name not in entries}
     return Checkpoint(path, entries, aliases, metadata)
+
+
+def _stamp(file) -> tuple[int, int, int]:
+    """What changes when a file does: (inode, size in bytes, time of change)."""
+    stat = os.stat(file)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read_file(path: str, stamp: tuple, offset: int, start: int, stop: int) -> np.ndarray:
+    out, done = np.empty(stop - start, np.uint8), 0
+    with _explained(f"cannot read {path}"), open(path, "rb", buffering=0) as file:
+        if _stamp(file.fileno()) != stamp:
+            raise LawaError(f"{path} changed while it was being read; wait until its writer is done")
+        while done < len(out):  # a read may come back short
+            done += (count := os.preadv(file.fileno(), [out[done:]], offset + start + done))
+            if not count:
+                raise LawaError(f"{path} is truncated: it ends inside a tensor; copy it again")
+    return out
 
 
 def _open_torch(path: Path, key: str | None) -> Checkpoint:
@@ -275,162 +276,214 @@ def _open_torch(path: Path, key: str | None) -> Checkpoint:
     if not isinstance(blob, Mapping) or (key and not isinstance(blob.get(key), Mapping)):
         raise LawaError(f"{path} holds {', '.join(map(str, blob))[:200] if isinstance(blob, Mapping) else type(blob).__name__}; "
                         f"expected a state dict{f' under {key!r}' if key else ''}")
-    nested = [name for name in NESTED if isinstance(blob.get(name), Mapping)]
-    entries, aliases = _as_entries(blob[key or nested[0]] if key or nested else blob, path)
-    return Checkpoint(path, entries, aliases)
+    key = key or next((name for name in NESTED if isinstance(blob.get(name), Mapping)), None)
+    sidecar = _sidecar(path)
+    return Checkpoint(path, *_as_entries(blob[key] if key else blob, path), {"lawa": sidecar.read_text()} if sidecar.exists() else {})
 
 
 def _as_entries(tensors: Mapping, origin) -> tuple[dict[str, Entry], dict[str, str]]:
-    """(entries, aliases) of a mapping name -> torch tensor; names of one place in memory become one entry and aliases.
+    """(entries, aliases) of a mapping name -> torch tensor or numpy array; names of one place in memory become one entry and aliases.
 
     What is no tensor is passed over: step counters beside the weights are no weights.
     """
     import torch
-    seen, entries, aliases = {}, {}, {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor):
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if tensor.numel() and place in seen:
-                aliases[name] = seen[place]
-            else:
-                seen[place], entries[name] = name, _torch_entry(tensor, origin)
-    return entries, aliases
+    found = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
+             for name, value in tensors.items() if isinstance(value, (torch.Tensor, np.ndarray))}
+    first = _first_names(found)
+    return ({name: Entry(_code(tensor.dtype, origin), tuple(tensor.shape), str(origin), functools.partial(_read_tensor, tensor))
+             for name, tensor in found.items() if first[name] == name}, {name: kept for name, kept in first.items() if kept != name})
 
 
-def _torch_entry(tensor, origin) -> Entry:
+def _first_names(tensors: Mapping) -> dict[str, str]:
+    """{name: the first name of the same place in memory}: tied tensors have one."""
+    seen: dict[tuple, str] = {}
+    return {name: seen.setdefault((t.device, t.data_ptr(), t.dtype, t.shape, t.stride()), name) if t.numel() else name
+            for name, t in tensors.items()}
+
+
+def _code(dtype, origin) -> str:
+    if (code := CODES.get(str(dtype).removeprefix("torch."))) is None:
+        raise LawaError(f"{origin}: a tensor of type {dtype} cannot be averaged; expected {', '.join(CODES)}")
+    return code
+
+
+def _read_tensor(tensor, start: int, stop: int) -> np.ndarray:
+    """A part of a tensor, which may lie in a mapped file, on a device, or with gaps: then only that part is gathered."""
     import torch
-    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
-    if code is None or tensor.layout != torch.strided:
-        raise LawaError(f"{origin}: a tensor of type {tensor.dtype}, {tensor.layout}, cannot be averaged; expected one of {', '.join(CODES)}")
-    # Loading maps the file's own memory where the tensor is contiguous and copies this one tensor where not.
-    return Entry(code, tuple(tensor.shape), str(origin),
-                 load=lambda: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    first, last = start // tensor.element_size(), stop // tensor.element_size()
+    if tensor.is_contiguous() or last - first == tensor.numel():
+        part = tensor.contiguous().view(-1)[first:last].cpu()
+    else:
+        part = tensor[torch.unravel_index(torch.arange(first, last, device=tensor.device), tensor.shape)].cpu()
+    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy().view(np.uint8).copy()
 
 
 def _open_sharded(folder: Path, index: str, key: str | None) -> Checkpoint:
-    try:
-        places = _strip(json.loads((folder / index).read_text())["weight_map"], folder / index)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, LawaError) else LawaError(f"{folder / index}: corrupt index ({error})") from None
-    missing = [shard for shard in sorted(set(places.values())) if not (folder / shard).exists()]
+    with _explained(f"{folder / index}: corrupt index"):
+        places = dict(json.loads((folder / index).read_text())["weight_map"].items())
+        names = sorted(set(places.values()))
+        missing = [shard for shard in names if Path(shard).name != shard or not (folder / shard).is_file()]
     if missing:
         raise LawaError(f"{folder}: missing shard {', '.join(missing)}, named in {index}; fetch it again")
-    shards = {shard: open_checkpoint(folder / shard, key) for shard in sorted(set(places.values()))}
+    shards = {shard: _open(folder / shard, key) for shard in names}
     stale = [name for name, shard in places.items() if name not in shards[shard]] + [n for s in shards.values() for n in s if n not in places]
     if stale:
         raise LawaError(f"{folder / index} is stale: {stale[0]} is not where it says; write the index again")
-    return Checkpoint(folder, _weights({name: entry for shard in shards.values() for name, entry in shard.entries.items()}),
-                      {name: kept for shard in shards.values() for name, kept in shard.aliases.items()})
-
-
-def _weights(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Without the causal mask, its fill value and the rotary frequencies, which some revisions of a model have and others lack."""
-    return {name: entry for name, entry in entries.items() if not (BUFFERS.search(name) and (len(entry.shape) != 1 or "inv_freq" in name))}
+    entries, *rest = [functools.reduce(lambda a, b: {**b, **a}, (getattr(shard, part) for shard in shards.values()))
+                      for part in ("entries", "aliases", "metadata")]
+    return Checkpoint(folder, _weights(entries), *rest)
 
 
 def _open_distributed(folder: Path, key: str | None) -> Checkpoint:
-    """torch.distributed.checkpoint: .distcp files and an index, which is a pickle; the unpickler here knows torch's index classes only."""
+    """torch.distributed.checkpoint: .distcp files of pieces, and an index of them. A tensor is put together when it is read."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    with _explained(f"{folder}: not a readable distributed checkpoint"):
+        index = _unpickled_index(folder / ".metadata")
+        tensors = {name: info for name, info in index.state_dict_metadata.items() if hasattr(info, "chunks")}
+        places = {name: tuple(map(str, (index.planner_data or {}).get(name, (name,)))) for name in tensors}  # ("model", "wte.weight")
+    reader, held = FileSystemReader(folder), {}  # held: the one tensor of which tile after tile is being read
+
+    def place(name, chunk):
+        found = index.storage_data[MetadataIndex(name, chunk.offsets)]
+        return found, folder / found.relative_path
+
+    def piece(name, chunk):
+        found, path = place(name, chunk)
+        with open(path, "rb") as file:
+            return torch.load(reader._slice_file(file, found), map_location="cpu", weights_only=True)
+
+    def peek(name):
+        with _explained(f"{folder}: cannot read {name}"):
+            found, path = place(name, tensors[name].chunks[0])
+            return _read_file(str(path), _stamp(path), found.offset + found.length // 2, 0, 64).tobytes()
+
+    def whole(name, info):
+        if len(info.chunks) == 1:
+            return piece(name, info.chunks[0])
+        tensor = torch.empty(info.size, dtype=info.properties.dtype)
+        for chunk in info.chunks:
+            tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece(name, chunk)
+        return tensor
+
+    def read(name, start, stop):
+        if (tensor := held.get(name)) is None:
+            held.clear()
+            with _explained(f"{folder}: cannot read {name}"):
+                held[name] = tensor = whole(name, tensors[name])
+        return _read_tensor(tensor, start, stop)
+
+    def entry(name):
+        info = tensors[name]
+        return Entry(_code(info.properties.dtype, folder), tuple(info.size), str(folder), functools.partial(read, name), functools.partial(peek, name))
+    under = key or next((name for name in NESTED if any(place[0] == name and len(place) > 1 for place in places.values())), None)
+    return Checkpoint(folder, {".".join(place[1:] if under else place): entry(name) for name, place in places.items()
+                               if under in (None, place[0])})
+
+
+def _unpickled_index(path: Path):
+    """A distributed checkpoint's index is a pickle: only these classes are let in, and none of them runs code."""
     import pickle
 
     import torch
-    import torch.distributed.checkpoint as dcp
+    plain = {"torch.distributed.checkpoint.metadata": ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+                                                       "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+             "torch.distributed.checkpoint.filesystem": ("_StorageInfo",), "torch.serialization": ("_get_layout",),
+             "collections": ("OrderedDict",), "pathlib": ("PosixPath", "WindowsPath"),
+             "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)))}
 
-    class IndexUnpickler(pickle.Unpickler):
+    class Index(pickle.Unpickler):
         def find_class(self, module, name):
-            plain = ("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "pathlib.PosixPath", "pathlib.WindowsPath")
-            own = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem") and "." not in name
-            found = super().find_class(module, name) if own or f"{module}.{name}" in plain or module == "torch" else None
-            defined_there = own and isinstance(found, type) and found.__module__ == module  # not what those modules import
-            if f"{module}.{name}" in plain or defined_there or (module == "torch" and isinstance(found, torch.dtype)):
-                return found
-            raise LawaError(f"{folder / '.metadata'}: refused, it holds {module}.{name}, and unpickling that could run code")
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            index = IndexUnpickler(file).load()
-        tensors = {name: info for name, info in index.state_dict_metadata.items() if hasattr(info, "properties")}
-    except Exception as error:
-        raise error if isinstance(error, LawaError) else LawaError(f"{folder}: not a readable distributed checkpoint ({error})") from None
-    places = {name: tuple(map(str, (index.planner_data or {}).get(name, (name,)))) for name in tensors}  # ("model", "wte.weight")
-    under = key or next((name for name in NESTED if any(place[0] == name and len(place) > 1 for place in places.values())), None)
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args, **kwargs):
-            return index
-
-    def entry(name):
-        tensor = torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype, device="meta")
-
-        def load():
-            real = {name: torch.empty_like(tensor, device="cpu")}
-            dcp.load(real, storage_reader=Reader(folder), no_dist=True)
-            return _torch_entry(real[name], folder).load()
-        return dataclasses.replace(_torch_entry(tensor, folder), load=load)
-    return Checkpoint(folder, {".".join(place[1:] if under else place): entry(name) for name, place in places.items() if under in (None, place[0])})
+            if name not in plain.get(module, ()):
+                raise LawaError(f"{path}: refused, it holds {module}.{name}, and unpickling that could run code")
+            return super().find_class(module, name)
+    with open(path, "rb") as file:
+        return Index(file).load()
 
 
-def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str], ties: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """(header, {name: offset in the file}, file size) of a safetensors file; the widest types first keeps every tensor aligned."""
     table, offset = {}, 0
     for name in sorted(entries, key=lambda name: -itemsize(entries[name].dtype)):
         table[name] = {"dtype": entries[name].dtype, "shape": entries[name].shape, "data_offsets": (offset, offset + entries[name].nbytes)}
         offset += entries[name].nbytes
-    text = json.dumps(({"__metadata__": dict(metadata)} if metadata else {}) | table, separators=(",", ":")).encode()
+    metadata = {"format": "pt", **metadata, **({"ties": json.dumps(ties)} if ties else {})}
+    text = json.dumps({"__metadata__": metadata} | table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, {name: base + info["data_offsets"][0] for name, info in table.items()}, base + offset
+    return len(text).to_bytes(8, "little") + text, {name: base + info["data_offsets"][0] for name, info in table.items()}, base + offset
 
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[Path]:
-    """A hidden name beside `path` to write to: renamed to `path` on success, removed on failure. Nothing half-written is ever seen."""
+    """A hidden name beside `path` to write to: renamed to `path` on success, removed on failure. Nothing half-written is ever seen.
+
+    Errors: JobFailed, naming `path`, where the system refuses (disk full, no permission).
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
+    except OSError as error:
+        raise JobFailed(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a state dict {name: torch.Tensor} to .safetensors or .pt, atomically; shared storage is written once. Copies nothing."""
-    with replacing(path) as part:
-        if Path(path).suffix != ".safetensors":
+    """Write a state dict {name: torch.Tensor or numpy array} to .safetensors (with `metadata`) or .pt, atomically; tied tensors once."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise LawaError(f"{path}: unknown kind of file; expected a name that ends in one of {', '.join(SUFFIXES)}")
+    with replacing(path) as part, open(part, "wb") as file:
+        if path.suffix != ".safetensors":
             import torch
-            torch.save(dict(tensors), part)
+            torch.save({name: torch.from_numpy(t) if isinstance(t, np.ndarray) else t for name, t in tensors.items()}, file)
             return
-        entries, aliases = _as_entries(tensors, path)
-        header, offsets, _ = _header(entries, {"format": "pt", **(metadata or {}), **aliases})
-        with open(part, "wb") as file:
-            file.write(header)
-            for name in offsets:
-                file.write(entries[name].loaded)
+        entries, ties = _as_entries(tensors, path)
+        header, offsets, _ = _header(entries, metadata or {}, ties)
+        file.write(header)
+        for name in offsets:
+            file.write(entries[name].read(0, entries[name].nbytes))
+
+
+def _sidecar(path: Path) -> Path:
+    """Where an averaged .pt, which has no header, keeps its provenance."""
+    return path.with_name(f"{path.name}.lawa.json")
 
 
 # ---- 2. Trajectories ----------------------------------------------------------------------------------------------------------------
 
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|training_args|trainer|resume|^\.", re.IGNORECASE)
+ALLOW = ("nonfinite", "duplicates", "averages")  # what an average may be forced to accept
 
 
 class Trajectory:
-    """The checkpoints of one run in order: `steps` ascending, `trajectory[step]` opens one (header only)."""
-    allow = ()  # what to take in spite of itself: "duplicates"
+    """The checkpoints of one run in order: `steps` ascending, `trajectory[step]` opens one (header only).
 
-    def __init__(self, paths: Mapping[int, Path], key: str | None = None, name: str = "the list"):
-        self.paths, self.key, self.name = dict(sorted(paths.items())), key, name
+    `sources` maps a step to a path, or to a function that opens its checkpoint wherever it is.
+    """
+    allow: tuple | list = ()  # some of ALLOW
+
+    def __init__(self, sources: Mapping[int, Path | Callable[[], Checkpoint]], name: str = "the list", key: str | None = None):
+        self.sources, self.name, self.key = dict(sorted(sources.items())), name, key
 
     @property
     def steps(self) -> list[int]:
-        return list(self.paths)
+        return list(self.sources)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.sources)
 
     def __getitem__(self, step) -> Checkpoint:
-        if step not in self.paths:
+        if step not in self.sources:
             raise LawaError(f"no checkpoint at step {step} in {self.name}; there are {_some(self.steps)}")
-        return open_checkpoint(self.paths[step], self.key)
+        source = self.sources[step]
+        return source() if callable(source) else open_checkpoint(source, self.key)
 
     def expect(self, steps) -> None:
         """These steps will be asked for, in this order: what must be fetched can be fetched ahead."""
@@ -440,7 +493,7 @@ class Trajectory:
 
     def companions(self) -> Path:
         """The folder where the newest checkpoint's config and tokenizer are."""
-        newest = self.paths[self.steps[-1]]
+        newest = self[self.steps[-1]].path
         return newest if newest.is_dir() else newest.parent
 
 
@@ -459,19 +512,17 @@ def open_trajectory(source, key: str | None = None) -> Trajectory:
     if isinstance(source, Trajectory):
         return source
     if not isinstance(source, (str, os.PathLike)):
-        return _trajectory([Path(path) for path in source], key, "the list")
+        return _trajectory([Path(path) for path in source], "the list", key)
     if str(source).startswith("hub:"):
         return open_hub(str(source)[4:])
-    source = Path(source)
-    if source.is_dir() and not _is_checkpoint(source):
-        found = [path for path in source.iterdir() if step_of(path) is not None and _is_checkpoint(path)]
-    elif source.exists():
-        found = [source]
+    path = Path(source)
+    if path.is_dir() and not _is_checkpoint(path):
+        found = [inside for inside in path.iterdir() if step_of(inside) is not None and _is_checkpoint(inside)]
     else:
-        found = [Path(path) for path in glob.glob(str(source)) if not NOT_WEIGHTS.search(Path(path).name)]
+        found = [path] if path.exists() else [inside for inside in map(Path, glob.glob(str(source))) if _is_checkpoint(inside)]
     if not found:
         raise LawaError(f"no checkpoints in {source}; expected files such as {checkpoint_name(1000)} or folders such as step1000/")
-    return _trajectory(found, key, source.name)
+    return _trajectory(found, path.name, key)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -480,7 +531,7 @@ def _is_checkpoint(path: Path) -> bool:
     return path.suffix in SUFFIXES if path.is_file() else any((path / name).exists() for name in (*SINGLES, *INDEXES, ".metadata"))
 
 
-def _trajectory(paths: list[Path], key: str | None, name: str) -> Trajectory:
+def _trajectory(paths: list[Path], name: str, key: str | None) -> Trajectory:
     steps = [step_of(path) for path in paths]
     if all(step is None for step in steps):
         steps = list(range(1, len(paths) + 1))
@@ -493,11 +544,21 @@ def _trajectory(paths: list[Path], key: str | None, name: str) -> Trajectory:
         found[step] = path
     if not found:
         raise LawaError("expected at least one checkpoint, got an empty list")
-    return Trajectory(found, key, name)
+    return Trajectory(found, name, key)
 
 
-def _open_steps(trajectory: Trajectory, steps, allow=()) -> dict[int, Checkpoint]:
-    """Open `steps`, ascending, and refuse them if they do not belong together: every problem at once, before anything is written."""
+def _open_all(trajectory: Trajectory, steps, allow=()) -> dict[int, Checkpoint]:
+    """Open `steps`, ascending; refuse them, with every problem at once, if they do not belong together."""
+    if unknown := set(allow) - set(ALLOW):
+        raise LawaError(f"unknown permission {', '.join(sorted(unknown))}; expected some of {', '.join(ALLOW)}")
+    opened, problems = _opened(trajectory, steps, allow)
+    if problems:
+        raise LawaError("; ".join(problems))
+    return opened
+
+
+def _opened(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Checkpoint], list[str]]:
+    """The checkpoints that can be opened, and what is wrong with them as a set: one line per problem, naming file and tensor."""
     opened, problems = {}, []
     for step in sorted(steps):
         try:
@@ -507,24 +568,23 @@ def _open_steps(trajectory: Trajectory, steps, allow=()) -> dict[int, Checkpoint
     problems += [problem for checkpoint in opened.values() for problem in _mismatches(checkpoint, opened[max(opened)])]
     averages = [str(checkpoint.path) for checkpoint in opened.values() if "lawa" in checkpoint.metadata]
     if "averages" not in allow and 0 < len(averages) < len(opened):
-        problems.append(f"{', '.join(averages)} already an average, says its header, among checkpoints that are none; leave it out")
-    if "duplicates" not in allow and not problems:
+        problems.append(f"{', '.join(averages)} already an average, says its header, among checkpoints that are none; leave it out "
+                        "(or --allow averages)")
+    if "duplicates" not in allow:
         problems += [f"{a.path} and {b.path} hold identical weights, so one is a wrong file; leave it out (or --allow duplicates)"
                      for a, b in _identical(opened)]
-    if problems:
-        raise LawaError("; ".join(problems))
-    return opened
+    return opened, problems
 
 
 def _mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[str]:
-    """Names, shapes and kinds that differ from the newest checkpoint's, each with file and tensor."""
+    """Names, shapes and kinds that differ from the newest checkpoint's."""
     for name in sorted(checkpoint.keys() ^ newest.keys())[:6]:
         yield f"{checkpoint.path}: tensor {name} is {'extra: not' if name in checkpoint else 'missing: it is'} in {newest.path}"
-    for name in checkpoint.entries.keys() & newest.entries.keys():
-        ours, theirs = checkpoint.entries[name], newest.entries[name]
+    for name in sorted(checkpoint.keys() & newest.keys()):
+        ours, theirs = checkpoint.entry(name), newest.entry(name)
         if ours.shape != theirs.shape:
             yield f"{checkpoint.path}: {name} has shape {list(ours.shape)}, expected {list(theirs.shape)} as in {newest.path}"
-        elif ours.dtype != theirs.dtype and not (ours.dtype in FLOATS and theirs.dtype in FLOATS):
+        elif ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= set(FLOATS):
             yield f"{checkpoint.path}: {name} is {ours.dtype}, expected {theirs.dtype} as in {newest.path}"
 
 
@@ -533,20 +593,19 @@ def _identical(opened: Mapping[int, Checkpoint], tile: int = 1 << 20) -> Iterato
     first: dict[str, Checkpoint] = {}
     for b in opened.values():
         a = first.setdefault(b.sample, b)
-        if a is not b and all(np.array_equal(a.entries[name].read(start, min(start + tile, entry.nbytes)), entry.read(start, min(start + tile, entry.nbytes)))
-                              for name, entry in b.entries.items() for start in range(0, entry.nbytes, tile)):
+        if a is not b and a.dtypes == b.dtypes and a.shapes == b.shapes and all(
+                np.array_equal(a.entry(name).read(start, stop), entry.read(start, stop)) for name, entry in b.entries.items()
+                for start in range(0, entry.nbytes, tile) for stop in [min(start + tile, entry.nbytes)]):
             yield a, b
 
 
 def check(source, key: str | None = None) -> list[str]:
     """Every problem of a trajectory as text: what averaging would refuse, and gaps in its steps. Reads headers and samples."""
-    trajectory, problems = open_trajectory(source, key), []
-    try:
-        _open_steps(trajectory, trajectory.steps)
-    except LawaError as error:
-        problems = str(error).split("; ")
+    trajectory = open_trajectory(source, key)
+    problems = _opened(trajectory, trajectory.steps)[1]
     usual = np.median(np.diff(trajectory.steps)) if len(trajectory) > 2 else math.inf
-    return problems + [f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} apart" for a, b in pairwise(trajectory.steps) if b - a > usual]
+    return problems + [f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} apart"
+                       for a, b in pairwise(trajectory.steps) if b - a > usual]
 
 
 # ---- 2b. Trajectories on the Hub ----------------------------------------------------------------------------------------------------
@@ -608,6 +667,13 @@ def _wanted(revision: str, listing) -> dict[str, object]:
                     f"leave this step out")
 
 
+def _is_listed(path: Path, file) -> bool:
+    if path.stat().st_size != file.size or not file.lfs:
+        return path.stat().st_size == file.size
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest() == file.lfs.sha256
+
+
 def _identity(file) -> str:
     return file.lfs.sha256 if file.lfs else file.blob_id
 
@@ -637,20 +703,17 @@ def _hub(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client's own errors, its HTTP library's, the disk's
         status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-        reason = next((text for kind, text in (
-            (hub.RevisionNotFoundError, "no such revision on the Hub"),
-            (hub.RemoteEntryNotFoundError, "a file it lists is missing on the Hub"),
-            (hub.RepositoryNotFoundError, "no such model, or it needs a token: check the name, `hf auth login` or set HF_TOKEN"),
-            (hub.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it and start again")) if isinstance(error, kind)), None)
-        if status in (401, 403) and not reason:
-            reason = "access refused: `hf auth login` or set HF_TOKEN"
-        elif getattr(error, "errno", None) == errno.ENOSPC:
-            reason = "the disk is full; free some, or choose another folder"
-        elif "Consistency check" in str(error):
-            reason = "the download was cut short"
         first = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-        reason = reason or f"the Hub cannot be reached ({status or first})"
-        raise LawaError(f"{what}: {reason}; what is fetched is kept, run again to go on") from None
+        reason = next(text for known, text in (
+            (isinstance(error, hub.RevisionNotFoundError), "no such revision on the Hub"),
+            (isinstance(error, hub.RemoteEntryNotFoundError), "a file it lists is missing on the Hub"),
+            (isinstance(error, hub.RepositoryNotFoundError) or status in (401, 403),
+             "no such model, or it needs a token: check the name, `hf auth login` or set HF_TOKEN"),
+            (isinstance(error, hub.OfflineModeIsEnabled), "HF_HUB_OFFLINE is set; unset it and start again"),
+            (getattr(error, "errno", None) == errno.ENOSPC, "the disk is full; free some, or choose another folder"),
+            ("Consistency check" in str(error), "the download was cut short"),
+            (True, f"the Hub cannot be reached ({status or first})")) if known)
+        raise JobFailed(f"{what}: {reason}; what is fetched is kept, run again to go on") from None
 
 
 def soon(function: Callable, *args) -> Future:
@@ -674,7 +737,7 @@ class HubTrajectory(Trajectory):
 
     def __init__(self, repo: str, revisions: Mapping[int, tuple[str, Mapping]], folder, allow, keep: bool, api):
         self.folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
-        super().__init__({step: self.folder / f"step{step}" for step in revisions}, None, repo)
+        super().__init__({step: self.folder / f"step{step}" for step in revisions}, repo)
         self.revisions, self.allow, self.keep, self.api = dict(revisions), allow, keep, api
         self.order, self.pending, self.fetched, self.begun, self.told = [], {}, 0, None, math.inf
 
@@ -685,7 +748,7 @@ class HubTrajectory(Trajectory):
         self.order = list(steps)
 
     def __getitem__(self, step) -> Checkpoint:
-        if step not in self.paths:
+        if step not in self.sources:
             return super().__getitem__(step)
         try:
             self._start(step).result()
@@ -698,8 +761,7 @@ class HubTrajectory(Trajectory):
 
     def release(self, step: int) -> None:
         if self.pending.pop(step, None) and not self.keep:
-            _open_file.cache_clear()  # a file still open keeps its place on the disk
-            shutil.rmtree(self.paths[step], ignore_errors=True)
+            shutil.rmtree(self.sources[step], ignore_errors=True)
 
     def plan(self, schemes: Mapping[str, Callable], at=None, on_disk: bool = False, rate: float | None = None) -> dict:
         """What `stream` with these arguments will take: revisions, bytes to fetch, bytes on disk and in memory at most, hours of fetching.
@@ -710,11 +772,11 @@ class HubTrajectory(Trajectory):
         size = {step: self.nbytes(step) for step in needed}
         held = [sum(size[s] for s in needed[:i + 1] if last[s] >= step) for i, step in enumerate(needed)]
         resting = held if on_disk else [size[step] for step in needed]
-        todo = sum(file.size for step in needed for name, file in self.revisions[step][1].items() if not (self.paths[step] / name).exists())
+        todo = sum(file.size for step in needed for _, file in self._lacking(step))
         rate = rate or self.measure()
         disk = max(now + ahead for now, ahead in zip(resting, [*size.values(), 0][1:], strict=True))
-        return {"revisions": len(needed), "fetch_bytes": todo, "disk_bytes": disk, "memory_bytes": 0 if on_disk else max(held), "rate": rate,
-                "hours": todo / rate / 3600}
+        return {"revisions": len(needed), "fetch_bytes": todo, "disk_bytes": disk, "memory_bytes": 0 if on_disk else max(held),
+                "rate": rate, "hours": todo / rate / 3600}
 
     def companions(self) -> Path:
         step = self.steps[-1]
@@ -741,25 +803,23 @@ class HubTrajectory(Trajectory):
             self.pending[step] = soon(self._fetch, step)
         return self.pending[step]
 
+    def _lacking(self, step: int) -> list[tuple]:
+        return [(name, file) for name, file in self.revisions[step][1].items() if not (self.sources[step] / name).exists()]
+
     def _fetch(self, step: int) -> None:
-        target = self.paths[step]
+        target = self.sources[step]
         if self.begun is None:
             self.begun = self.told = time.monotonic()
         target.mkdir(parents=True, exist_ok=True)
-        needed = sum(file.size for name, file in self.revisions[step][1].items() if not (target / name).exists())
+        needed = sum(file.size for _, file in self._lacking(step))
         if (free := shutil.disk_usage(target).free) < needed:
-            raise LawaError(f"{self.name} step{step} takes {needed / 1e9:.2f} GB, {self.folder} has {free / 1e9:.2f} GB left; "
+            raise JobFailed(f"{self.name} step{step} takes {needed / 1e9:.2f} GB, {self.folder} has {free / 1e9:.2f} GB left; "
                             f"free some, or choose another folder; what is fetched is kept, run again to go on")
-        for name, file in self.revisions[step][1].items():
-            fresh = not (target / name).exists()
+        for name, file in self._lacking(step):
             self._download(step, name, target)
-            size = (target / name).stat().st_size
-            if size == file.size and fresh and file.lfs:
-                with open(target / name, "rb") as opened:
-                    size = file.size if hashlib.file_digest(opened, "sha256").hexdigest() == file.lfs.sha256 else None
-            if size != file.size:
+            if not _is_listed(target / name, file):
                 (target / name).unlink()
-                raise LawaError(f"{self.name} step{step}: {name} is not the file that the Hub lists (its sha256 or size differs); run again")
+                raise JobFailed(f"{self.name} step{step}: {name} is not the file that the Hub lists (size or sha256 differ); run again")
 
     def _download(self, step: int, name: str, target: Path) -> None:
         from huggingface_hub.utils import tqdm
@@ -782,23 +842,22 @@ class HubTrajectory(Trajectory):
                   f"{(total - self.fetched) / self.fetched * seconds:.0f} s left", flush=True)
 
 
-# ---- 3. Schemes: rows of weights --------------------------------------------------------------------------------------------------------
+# ---- 3. Schemes: rows of weights ----------------------------------------------------------------------------------------------------
+
+def _present(wanted, have, every: int, at: int) -> list[int]:
+    """The wanted steps, all of which must be there."""
+    if missing := sorted(set(wanted) - set(have)):
+        raise LawaError(f"no checkpoint at step {missing[0]}, which an average at step {at} with spacing {every} needs; there are "
+                        f"{_some(have)}; use a spacing that is a multiple of the checkpoint interval")
+    return list(wanted)
+
 
 def _grid(steps, at: int, every: int | None, start: int) -> list[int]:
-    """The available steps start, start + every, ... up to `at`, ascending; LawaError names a step that should be there and is not."""
+    """The steps start, start + every, ... up to `at`, from the first there is; every None: all of them."""
     have = [step for step in steps if start <= step <= at]
     if every is None or not have:
         return have
-    first = have[0] + (start - have[0]) % every
-    return _present(range(first, at + 1, every), have, every, at)
-
-
-def _present(wanted, have, every: int, at: int) -> list[int]:
-    missing = sorted(set(wanted) - set(have))
-    if missing:
-        raise LawaError(f"no checkpoint at step {missing[0]}, which an average at step {at} with spacing {every} needs; there are {_some(have)}; "
-                        f"use a spacing that is a multiple of the checkpoint interval")
-    return list(wanted)
+    return _present(range(have[0] + (start - have[0]) % every, at + 1, every), have, every, at)
 
 
 def _positive(**values) -> None:
@@ -829,11 +888,10 @@ class lawa:
         _positive(k=self.k, spacing=self.spacing)
 
     def __call__(self, steps, at):
-        have = [step for step in steps if self.start <= step <= at]
-        if self.spacing is None or not have:
-            window = have[-self.k:]
-        else:
-            window = _present(range(at, have[0] - 1, -self.spacing)[:self.k], have, self.spacing, at)
+        window = [step for step in steps if self.start <= step <= at]
+        if self.spacing and window:
+            window = _present(range(at, window[0] - 1, -self.spacing)[:self.k], window, self.spacing, at)[::-1]
+        window = window[-self.k:]
         return {step: 1 / len(window) for step in window} or {at: 1.0}
 
 
@@ -865,8 +923,8 @@ class ema:
 
     def __call__(self, steps, at):
         window = _grid(steps, at, self.every, self.start)
-        powers = [self.beta ** (len(window) - 1 - i) for i in range(len(window))]
-        return {step: p * (1.0 if i == 0 else 1 - self.beta) for i, (step, p) in enumerate(zip(window, powers, strict=True))} or {at: 1.0}
+        ages = {step: len(window) - 1 - i for i, step in enumerate(window)}
+        return {step: self.beta ** age * (1.0 if step == window[0] else 1 - self.beta) for step, age in ages.items()} or {at: 1.0}
 
 
 SHAPES = {"linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "1-sqrt": lambda x: 1 - math.sqrt(x)}
@@ -876,8 +934,8 @@ SHAPES = {"linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi *
 class decay:
     """Merge weights that emulate a learning-rate decay over the last `window` steps (WSM, arXiv 2507.17634).
 
-    With theta_0 ... theta_n in the window and decay curve w_j = shape(j / (n + 1)): c_n = w_n, c_j = w_j - w_{j+1}, c_0 = 1 - w_1. A linear decay
-    is the uniform mean. shape: "linear", "cosine", "1-sqrt" or a function of x in [0, 1] that gives the share of the learning rate left.
+    With theta_0 ... theta_n in the window and the curve w_j = shape(j / (n + 1)): c_n = w_n, c_j = w_j - w_{j+1}, c_0 = 1 - w_1. A linear
+    decay is the uniform mean. shape: "linear", "cosine", "1-sqrt" or a function of x in [0, 1] that gives the share of the rate left.
     """
     window: int
     shape: str | Callable[[float], float] = "1-sqrt"
@@ -889,11 +947,10 @@ class decay:
             raise LawaError(f"shape must be one of {', '.join(SHAPES)} or a function, got {self.shape!r}")
 
     def __call__(self, steps, at):
-        first = max(at - self.window, min(steps))
-        window = lawa(k=len(steps), spacing=self.every, start=first)(steps, at)
+        window = lawa(len(steps), self.every, max(at - self.window, min(steps)))(steps, at)
         shape = self.shape if callable(self.shape) else SHAPES[self.shape]
-        curve = [1.0] + [float(shape(j / len(window))) for j in range(1, len(window))] + [0.0]
-        return {step: before - after for step, before, after in zip(sorted(window), curve, curve[1:], strict=False)}
+        curve = [1.0, *(float(shape(j / len(window))) for j in range(1, len(window))), 0.0]
+        return {step: before - after for step, (before, after) in zip(window, pairwise(curve), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -909,7 +966,7 @@ class explicit:
             raise LawaError(f"weights must be finite and have a sum other than 0, got {list(self.weights)}")
 
     def __call__(self, steps, at):
-        window = sorted(lawa(len(self.weights), self.spacing)(steps, at))
+        window = lawa(len(self.weights), self.spacing)(steps, at)
         if len(window) < len(self.weights):
             raise LawaError(f"{len(self.weights)} weights need as many checkpoints up to step {at}; there are {len(window)}")
         return {step: weight / math.fsum(self.weights) for step, weight in zip(window, self.weights, strict=True)}
@@ -921,10 +978,11 @@ DURATIONS = ("spacing", "start", "every", "window")  # fields given in steps
 
 def tokens(n: float, per_step: int) -> int:
     """A duration of `n` tokens in steps of `per_step` tokens; LawaError unless it is a whole number of steps."""
-    steps = n / per_step
-    if steps != int(steps):
-        raise LawaError(f"{n:g} tokens are {steps:.3f} steps of {per_step} tokens; expected a multiple, such as {round(steps) * per_step}")
-    return int(steps)
+    _positive(per_step=per_step)
+    if n % per_step:
+        raise LawaError(f"{n:g} tokens are {n / per_step:.3f} steps of {per_step} tokens; expected a multiple, such as "
+                        f"{round(n / per_step) * per_step}")
+    return int(n // per_step)
 
 
 def in_steps(scheme, per_step: int):
@@ -942,17 +1000,18 @@ def parse_scheme(text: str):
     except LawaError as error:
         raise LawaError(f"scheme {text!r}: {error}") from None
     except (SyntaxError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LawaError(f"scheme {text!r} not understood ({error}); expected one of lawa(k=5, spacing=100), swa(start=0, every=10), ema(beta=0.99), "
-                        "decay(window=1000, shape='1-sqrt'), explicit([0.2, 0.8])") from None
+        raise LawaError(f"scheme {text!r} not understood ({error}); expected one of lawa(k=5, spacing=100), swa(start=0, every=10), "
+                        "ema(beta=0.99), decay(window=1000, shape='1-sqrt'), explicit([0.2, 0.8]), newest") from None
 
 
 def row(scheme, steps, at: int) -> dict[int, float]:
-    """The scheme's weights {step: weight} at step `at`, checked: finite, summing to 1, on available steps; zeros left out."""
+    """The scheme's weights {step: weight} at step `at`, checked: finite, summing to 1, on available steps; ascending, zeros left out."""
     if at not in steps:
         raise LawaError(f"no checkpoint at step {at}; there are {_some(steps)}")
     weights = {step: float(weight) for step, weight in sorted(scheme(steps, at).items()) if weight != 0}
     if not set(weights) <= set(steps) or not abs(math.fsum(weights.values()) - 1) < 1e-9:
-        raise LawaError(f"{scheme} gives weights that sum to {math.fsum(weights.values())} over steps {_some(list(weights))}; expected 1, on available steps")
+        raise LawaError(f"{scheme} gives weights that sum to {math.fsum(weights.values())} over steps {_some(list(weights))}; "
+                        "expected 1, on available steps")
     return weights
 
 
@@ -961,10 +1020,10 @@ def row(scheme, steps, at: int) -> dict[int, float]:
 BLOCK = 8192  # values per matrix product: 20 checkpoints x 8192 doubles stay in the cache
 
 
-def _widen(raw: np.ndarray, dtype: str, into: np.ndarray) -> None:
-    """Raw bytes of floats -> doubles."""
+def _widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Raw bytes of floats as an array of floats that numpy can count with: exact."""
     values = raw.view(DTYPES[dtype][0])
-    into[:len(values)] = (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
 
 
 def _narrow(values: np.ndarray, dtype: str, raw: np.ndarray) -> None:
@@ -985,109 +1044,146 @@ def _narrow(values: np.ndarray, dtype: str, raw: np.ndarray) -> None:
 def _finite(raw: np.ndarray, dtype: str) -> bool:
     if dtype == "BF16":
         return not np.any((raw.view(np.uint16) & 0x7F80) == 0x7F80)
-    values = raw.view(DTYPES[dtype][0])
-    return bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())  # the sum is one pass; it may overflow
+    return dtype not in FLOATS or bool(np.isfinite(raw.view(DTYPES[dtype][0])).all())
+
+
+def _product(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """weights @ x. Neighbouring targets share most of their window, so four rows at a time meet only the checkpoints they use; and the
+    pieces stay below the 2^18 products from which OpenBLAS would start threads, which fight with ours (40 times slower on two cores)."""
+    y = np.empty((len(weights), x.shape[1]), x.dtype)
+    for m in range(0, len(weights), 4):
+        used = np.flatnonzero(weights[m:m + 4].any(axis=0))
+        band, width = slice(used[0], used[-1] + 1), (1 << 16) // (used[-1] + 1 - used[0])
+        for start in range(0, x.shape[1], width):
+            np.matmul(weights[m:m + 4, band], x[band, start:start + width], out=y[m:m + 4, start:start + width])
+    return y
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def mix(rows: np.ndarray, raws: list[np.ndarray], dtypes: list[str], out_dtypes: list[str]) -> list[np.ndarray]:
+def mix(rows: np.ndarray, raws: list[np.ndarray], dtypes: list[str], out_dtype: str) -> list[np.ndarray]:
     """rows @ raws for one tensor, or one tile of it: the arithmetic of every average here.
 
-    Args: rows (M, N) weights; raws: N byte arrays (uint8) of equally many values, oldest first, and their dtype codes; out_dtypes: M codes.
-    Returns M fresh byte arrays. Products and sums run in double (long double where an input is double) and are rounded once. Equal
-    weights become a sum and one division, so uniform means are those of exact arithmetic wherever the sum is exact. Blocks have one shape
-    whatever the tile, so the bits depend neither on tiles nor on threads. A lone weight of 1 copies bytes; what is no float is copied
-    from the newest checkpoint of its row.
+    Args: rows (M, N) weights, each row summing to 1; raws: N byte arrays (uint8) of equally many values, oldest first, and their dtype
+    codes; out_dtype: code of the result. Returns M fresh byte arrays.
+    Products and sums run in double (long double where a type is double) and are rounded once. Equal weights become a sum and one
+    division, so uniform means are those of exact arithmetic wherever the sum is exact. Blocks have one shape whatever the tile, so the
+    bits depend neither on tiles nor on threads. A lone weight copies bytes; what is no float is copied from the newest of its row.
     """
-    last = [int(np.flatnonzero(weights)[-1]) for weights in rows]
+    used = [np.flatnonzero(weights) for weights in rows]
     if dtypes[0] not in FLOATS:
-        return [raws[n].copy() for n in last]
-    count = len(raws[0]) // itemsize(dtypes[0])
-    outs = [raws[n].copy() if weights[n] == 1 and np.count_nonzero(weights) == 1 and dtypes[n] == dtype else
-            None for weights, n, dtype in zip(rows, last, out_dtypes, strict=True)]
-    todo = [m for m, out in enumerate(outs) if out is None]
-    outs = [np.empty(count * itemsize(dtype), np.uint8) if out is None else out for out, dtype in zip(outs, out_dtypes, strict=True)]
-    wide = np.longdouble if "F64" in dtypes else np.float64
-    uniform = np.array([np.ptp(weights[weights != 0]) == 0 for weights in rows])
-    divisor = np.where(uniform, np.count_nonzero(rows, axis=1), 1).astype(wide)
-    rows = np.where(uniform[:, None], rows != 0, rows).astype(wide)
-    bands = [(band, np.flatnonzero(rows[band].any(axis=0))) for band in (todo[i:i + 8] for i in range(0, len(todo), 8))]
-    x = np.zeros((len(raws), BLOCK), wide)
+        return [raws[own[-1]].copy() for own in used]
+    count, size = len(raws[0]) // itemsize(dtypes[0]), itemsize(out_dtype)
+    outs = [raws[own[0]].copy() if len(own) == 1 and dtypes[own[0]] == out_dtype else np.empty(count * size, np.uint8) for own in used]
+    todo = [m for m, own in enumerate(used) if len(own) > 1 or dtypes[own[0]] != out_dtype]
+    wide = np.longdouble if "F64" in (*dtypes, out_dtype) else np.float64
+    uniform = np.array([np.ptp(weights[own]) == 0 for weights, own in zip(rows, used, strict=True)])[:, None]
+    divisor = np.where(uniform, np.count_nonzero(rows, axis=1)[:, None], 1).astype(wide)[todo]
+    weights, x = np.where(uniform, rows != 0, rows).astype(wide)[todo], np.zeros((len(raws), BLOCK), wide)
     for start in range(0, count if todo else 0, BLOCK):
         stop = min(start + BLOCK, count)
         for n, (raw, dtype) in enumerate(zip(raws, dtypes, strict=True)):
-            _widen(raw[start * itemsize(dtype):stop * itemsize(dtype)], dtype, x[n])
-        for band, used in bands:  # neighbouring targets share most of their window: multiply that band of checkpoints only
-            y = rows[band, used[0]:used[-1] + 1] @ x[used[0]:used[-1] + 1]
-            y /= divisor[band, None]
-            for m, values in zip(band, y, strict=True):
-                size = itemsize(out_dtypes[m])
-                _narrow(values[:stop - start], out_dtypes[m], outs[m][start * size:stop * size])
-    if len(rows) > 1:  # 0 * NaN is NaN: a row that came out so is mixed again from its own checkpoints alone
-        for m in [m for m in todo if not _finite(outs[m], out_dtypes[m])]:
-            own = np.flatnonzero(rows[m])
-            outs[m], = mix(rows[m:m + 1, own] / divisor[m], [raws[n] for n in own], [dtypes[n] for n in own], [out_dtypes[m]])
+            x[n, :stop - start] = _widen(raw[start * itemsize(dtype):stop * itemsize(dtype)], dtype)
+        y = _product(weights, x)
+        y /= divisor
+        for m, values in zip(todo, y, strict=True):
+            _narrow(values[:stop - start], out_dtype, outs[m][start * size:stop * size])
+    for m in todo:  # 0 * NaN is NaN: a row that came out so is mixed again from its own checkpoints alone
+        if len(used[m]) < len(raws) and not _finite(outs[m], out_dtype):
+            outs[m], = mix(rows[m:m + 1, used[m]], [raws[n] for n in used[m]], [dtypes[n] for n in used[m]], out_dtype)
     return outs
+
+
+def _tiles(entries: Mapping[str, Entry], width: int) -> list[tuple[str, int, int]]:
+    """(tensor, first value, last value + 1) of every tile, `width` values wide."""
+    return [(name, start, min(start + width, entry.numel)) for name, entry in entries.items() for start in range(0, entry.numel, width)]
+
+
+def _mix_tile(opened: Mapping[int, Checkpoint], rows: np.ndarray, entries: Mapping[str, Entry], write: Callable, allow, tile) -> list[str]:
+    """Read one tile of every checkpoint, mix it, write(row, tensor, offset, bytes) it for every row. Returns who made it NaN or Inf."""
+    name, start, stop = tile
+    inputs, out, problems = [checkpoint.entry(name) for checkpoint in opened.values()], entries[name].dtype, []
+    raws = [entry.read(start * itemsize(entry.dtype), stop * itemsize(entry.dtype)) for entry in inputs]
+    for m, data in enumerate(mix(rows, raws, [entry.dtype for entry in inputs], out)):
+        if "nonfinite" not in allow and not _finite(data, out):
+            guilty = [inputs[n].path for n in np.flatnonzero(rows[m]) if not _finite(raws[n], inputs[n].dtype)]
+            problems += [f"{path}: {name} holds NaN or Inf; leave it out (or --allow nonfinite)" for path in guilty] or [
+                f"{name} overflows {out} in the average; write it with a wider --dtype"]
+        write(m, name, start * itemsize(out), data)
+    return problems
+
+
+def _layout(opened: Mapping[int, Checkpoint]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(entries, ties) of an average: the newest's names and types; what is tied in every checkpoint stays tied."""
+    newest = opened[max(opened)]
+    ties = {name: kept for name, kept in newest.aliases.items() if all(c.aliases.get(name, name) == c.aliases.get(kept, kept)
+                                                                       for c in opened.values())}
+    return {name: newest.entry(name) for name in newest if name not in ties}, ties
 
 
 # ---- 5. Averages in memory ----------------------------------------------------------------------------------------------------------
 
+TILE = 1 << 20  # bytes read at a time from each checkpoint
+
+
 def average(source, scheme=None, at: int | None = None, key: str | None = None) -> dict:
-    """The average of a trajectory as {name: torch.Tensor}, fresh, on the CPU.
+    """The average of a trajectory as {name: torch.Tensor}, fresh, on the CPU, each tensor of the newest checkpoint's dtype.
 
     Args: source: what `open_trajectory` takes; scheme: default the uniform mean of everything up to `at`; at: step, default the newest;
     key: as in `open_checkpoint`. Errors: LawaError for checkpoints that do not fit together, NaN, Inf.
     """
     trajectory = open_trajectory(source, key)
     weights = row(scheme or swa(), trajectory.steps, trajectory.steps[-1] if at is None else at)
-    opened, coefficients, state = _open_steps(trajectory, weights), np.array([list(weights.values())]), {}
-    for name, last in opened[max(opened)].entries.items():
-        entries = [checkpoint.entries[name] for checkpoint in opened.values()]
-        raws = [entry.read() for entry in entries]
-        data, = mix(coefficients, raws, [entry.dtype for entry in entries], [last.dtype])
-        if last.dtype in FLOATS and not _finite(data, last.dtype):
-            raise LawaError("; ".join(_blame(name, entries, raws, last.dtype)))
-        state[name] = _tensor(data, last.dtype, last.shape)
-    return _tied(state, opened[max(opened)].aliases)
+    return _merge(weights, _open_all(trajectory, weights))
 
 
-def _blame(name: str, entries: list[Entry], raws: list[np.ndarray], out_dtype: str) -> list[str]:
-    """Who made an average of tensor `name` non-finite."""
-    guilty = [f"{entry.path}: {name} holds NaN or Inf; leave it out (or --allow nonfinite)"
-              for entry, raw in zip(entries, raws, strict=True) if not _finite(raw, entry.dtype)]
-    return guilty or [f"{name} overflows {out_dtype} in the average; write it with a wider --dtype"]
+def _merge(weights: Mapping[int, float], opened: Mapping[int, Checkpoint], allow=()) -> dict:
+    """The state dict of the checkpoints of one row, mixed tile by tile."""
+    opened = {step: opened[step] for step in weights}
+    entries, ties = _layout(opened)
+    data = {name: np.empty(entry.nbytes, np.uint8) for name, entry in entries.items()}
+
+    def write(_, name, offset, mixed):
+        data[name][offset:offset + len(mixed)] = mixed
+    rows, problems = np.array([list(weights.values())]), []
+    for tile in _tiles(entries, TILE // 8):
+        problems += _mix_tile(opened, rows, entries, write, allow, tile)
+    if problems:
+        raise LawaError("; ".join(sorted(set(problems))))
+    state = {name: _tensor(raw, entries[name]) for name, raw in data.items()}
+    return state | {name: state[kept] for name, kept in ties.items()}
 
 
 def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = None) -> Iterator[tuple[int, str, dict]]:
     """Yield (step, name, {tensor name: fresh torch.Tensor}) for every target step in `at` (default: all) and every scheme, in step order.
 
-    Each checkpoint is read once. Memory: the checkpoints of the widest open window, in their own dtype; a scheme whose row at one target
-    extends its row at the target before (EMA, SWA) keeps a running average in double instead.
+    Each checkpoint is read once; dtypes are the newest checkpoint's of each row. Memory: the checkpoints of the widest open window, in
+    their own dtype; a scheme whose row at one target extends its row at the target before (EMA, SWA) keeps a sum in double instead.
     """
     trajectory = open_trajectory(source, key)
-    targets = sorted(trajectory.steps if at is None else at)
+    targets = trajectory.steps if at is None else sorted(at)
     rows = {name: {target: row(scheme, trajectory.steps, target) for target in targets} for name, scheme in schemes.items()}
-    needed = sorted({step for scheme in rows.values() for weights in scheme.values() for step in weights}.union(targets))
-    opened = _open_steps(trajectory, needed, allow=("duplicates", "averages"))
-    running = {name: _Running(scheme) for name, scheme in rows.items() if _extending(scheme)}
-    keep = {step: max([t for name, scheme in rows.items() if name not in running for t in scheme if step in scheme[t]], default=step)
-            for step in needed}  # the last target whose window holds the step
-    held: dict[int, dict[str, np.ndarray]] = {}
-    for step in needed:
-        entries = opened[step].entries
-        held[step] = {name: entry.read() for name, entry in entries.items()}
-        for scheme in running.values():
-            scheme.add(step, held[step], entries)
+    opened = _open_all(trajectory, {step for scheme in rows.values() for weights in scheme.values() for step in weights},
+                       ("duplicates", "averages"))
+    running = {name: _Running(scheme, *_layout(opened)) for name, scheme in rows.items() if _extending(scheme)}
+    keep = {step: max([t for name, scheme in rows.items() if name not in running for t in scheme if step in scheme[t]], default=0)
+            for step in opened}  # the last target whose window holds the step
+    held: dict[int, Checkpoint] = {}
+    for step in sorted({*opened, *targets}):
+        if step in opened:
+            held[step] = _loaded(opened.pop(step))
+        for scheme in running.values() if step in held else ():
+            scheme.add(step, held[step])
         for name in schemes if step in targets else ():
-            data = running[name].result(entries) if name in running else _mix_held(rows[name][step], held, opened)
-            yield step, name, _tied({n: _tensor(raw, entries[n].dtype, entries[n].shape) for n, raw in data.items()}, opened[step].aliases)
-        held = {s: tensors for s, tensors in held.items() if keep[s] > step}
+            yield step, name, running[name].average(step) if name in running else _merge(rows[name][step], held, ALLOW)
+        held = {s: checkpoint for s, checkpoint in held.items() if keep[s] > step}
 
 
-def _mix_held(weights: Mapping[int, float], held, opened) -> dict[str, np.ndarray]:
-    coefficients, dtypes = np.array([list(weights.values())]), {n: entry.dtype for n, entry in opened[max(weights)].entries.items()}
-    return {name: mix(coefficients, [held[s][name] for s in weights], [opened[s].entries[name].dtype for s in weights], [dtype])[0]
-            for name, dtype in dtypes.items()}
+def _loaded(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with its bytes in memory."""
+    def loaded(entry):
+        data = entry.read(0, entry.nbytes)
+        return dataclasses.replace(entry, read=lambda start, stop: data[start:stop].copy())
+    return Checkpoint(checkpoint.path, {name: loaded(entry) for name, entry in checkpoint.entries.items()}, checkpoint.aliases)
 
 
 def stream(source, schemes: Mapping[str, Callable], at=None, on_disk: bool = False, allow=()) -> Iterator[tuple[int, str, dict]]:
@@ -1100,64 +1196,84 @@ def stream(source, schemes: Mapping[str, Callable], at=None, on_disk: bool = Fal
     trajectory = open_trajectory(source)
     rows, needed, last = _schedule(trajectory, schemes, at)
     trajectory.expect(needed)
-    held, seen, before = {}, {}, None
+    held, seen = {}, {}
     for step in needed:
-        checkpoint = trajectory[step]
-        problems = list(_mismatches(checkpoint, before or checkpoint))
-        if (twin := seen.setdefault(checkpoint.sample, step)) != step and "duplicates" not in (*allow, *trajectory.allow):
+        held[step] = _Window(trajectory[step], in_memory=not on_disk)
+        problems = list(_mismatches(held[step], held[min(held)]))
+        if (twin := seen.setdefault(held[step].sample, step)) != step and "duplicates" not in (*allow, *trajectory.allow):
             problems.append(f"steps {twin} and {step} of {trajectory.name} hold identical weights, so one is a wrong file; leave it out, "
                             f"or allow duplicates")
         if problems:
             raise LawaError("; ".join(problems))
-        held[step] = {name: entry if on_disk else entry.in_memory() for name, entry in checkpoint.entries.items()}
         if not on_disk:
             trajectory.release(step)
-        before = Checkpoint(checkpoint.path, {name: dataclasses.replace(e, load=None) for name, e in checkpoint.entries.items()}, checkpoint.aliases)
         for name, scheme in rows.items():
             if step in scheme:
                 spent = [s for s in held if last[s] <= step and name == next(reversed(rows)) and not on_disk]
-                yield step, name, _tied(_weigh(scheme[step], held, spent), checkpoint.aliases)
+                yield step, name, _weigh(scheme[step], held, spent)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
-            if on_disk:
-                trajectory.release(spent)
+            trajectory.release(spent)
 
 
 def _schedule(trajectory: Trajectory, schemes: Mapping[str, Callable], at) -> tuple[dict, list[int], dict[int, int]]:
     """({scheme: {target: row}}, the steps needed in order, {step: the last target that needs it})."""
-    targets = sorted(trajectory.steps if at is None else at)
+    targets = trajectory.steps if at is None else sorted(at)
     rows = {name: {target: row(scheme, trajectory.steps, target) for target in targets} for name, scheme in schemes.items()}
     last = {step: target for target in targets for scheme in rows.values() for step in (*scheme[target], target)}
     return rows, sorted(last), last
 
 
-def _weigh(weights: Mapping[int, float], held: Mapping[int, dict[str, Entry]], spent=()) -> dict:
-    """One row over entries, {name: torch.Tensor}. Steps that are `spent` lose their entries: the average is written over the oldest."""
-    state, coefficients = {}, np.array([list(weights.values())])
-    for name in list(held[max(weights)]):
-        entries = [held[step][name] for step in weights]
-        state[name] = _tensor(_mix_tiles(coefficients, name, entries, min(weights) in spent), entries[-1].dtype, entries[-1].shape)
+class _Window(Checkpoint):
+    """A checkpoint in a window: its bytes in `data`, or left in its files."""
+
+    def __init__(self, checkpoint: Checkpoint, in_memory: bool):
+        super().__init__(checkpoint.path, checkpoint.entries, checkpoint.aliases, checkpoint.metadata)
+        self.sample, self.data = checkpoint.sample, {}
+        for name, entry in checkpoint.entries.items() if in_memory else ():
+            data = self.data[name] = _pages(entry.nbytes)
+            for start in range(0, entry.nbytes, TILE):
+                data[start:start + TILE] = entry.read(start, min(start + TILE, entry.nbytes))
+            self.entries[name] = dataclasses.replace(entry, read=functools.partial(_slice, data), peek=None)
+
+
+def _slice(data: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return data[start:stop]
+
+
+def _pages(nbytes: int) -> np.ndarray:
+    """Fresh bytes on pages of their own, which go back to the system as soon as they are dropped; the heap would keep some of them."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
+
+
+def _weigh(weights: Mapping[int, float], held: Mapping[int, _Window], spent) -> dict:
+    """One row over the window as a state dict. Steps that are `spent` lose their tensors: the average is written over the oldest."""
+    opened = {step: held[step] for step in weights}
+    (entries, ties), state, oldest = _layout(opened), {}, opened[min(opened)]
+    for name, entry in entries.items():
+        if len(opened) == 1:
+            out = oldest.data.get(name, entry.read(0, entry.nbytes) if not oldest.data else None)
+        else:
+            reuse = min(opened) in spent and name in oldest.data and oldest.entry(name).dtype == entry.dtype
+            out = oldest.data[name] if reuse else _pages(entry.nbytes)
+            _mix_into(out, opened, np.array([list(weights.values())]), name, entry)
+        state[name] = _tensor(out, entry)
         for step in spent:
-            held[step].pop(name, None)
-    return state
+            if not held[step].aliases:
+                held[step].entries.pop(name, None)
+                held[step].data.pop(name, None)
+    return state | {name: state[kept] for name, kept in ties.items()}
 
 
-def _mix_tiles(coefficients: np.ndarray, name: str, entries: list[Entry], overwrite: bool) -> np.ndarray:
-    dtypes, oldest, newest = [entry.dtype for entry in entries], entries[0], entries[-1]
-    if len(entries) == 1:
-        return (newest if newest.load else newest.in_memory()).loaded
-    out = oldest.loaded if overwrite and oldest.load and oldest.dtype == newest.dtype else _pages(newest.nbytes)
+def _mix_into(out: np.ndarray, opened: Mapping[int, Checkpoint], rows: np.ndarray, name: str, entry: Entry) -> None:
+    def write(_, name, offset, mixed):
+        out[offset:offset + len(mixed)] = mixed
 
-    def tile(start):
-        stop = min(start + TILE // 2, newest.numel)
-        raws = [entry.read(start * itemsize(entry.dtype), stop * itemsize(entry.dtype), copy=False) for entry in entries]
-        mixed, = mix(coefficients, raws, dtypes, [newest.dtype])
-        if newest.dtype in FLOATS and not _finite(mixed, newest.dtype):
-            raise LawaError("; ".join(_blame(name, entries, raws, newest.dtype)))
-        out[start * itemsize(newest.dtype):stop * itemsize(newest.dtype)] = mixed
+    def tile(part):
+        if problems := _mix_tile(opened, rows, {name: entry}, write, (), part):
+            raise LawaError("; ".join(problems))
     with ThreadPoolExecutor(max((os.cpu_count() or 2) - 1, 1)) as pool:
-        list(pool.map(tile, range(0, newest.numel, TILE // 2)))
-    return out
+        list(pool.map(tile, _tiles({name: entry}, TILE // 8)))
 
 
 def _ratio(before: Mapping[int, float], after: Mapping[int, float], boundary: int) -> float | None:
@@ -1168,58 +1284,173 @@ def _ratio(before: Mapping[int, float], after: Mapping[int, float], boundary: in
     return ratio if all(abs(old.get(s, 0.0) - ratio * before.get(s, 0.0)) <= 1e-12 for s in before.keys() | old.keys()) else None
 
 
-def _extending(scheme: Mapping[int, Mapping[int, float]]) -> bool:
-    """Whether each target's row extends the one before; a scheme of one target or of single checkpoints needs no running average."""
-    return max(map(len, scheme.values())) > 1 and all(_ratio(scheme[a], scheme[b], a) is not None for a, b in pairwise(scheme))
+def _extending(rows: Mapping[int, Mapping[int, float]]) -> bool:
+    """Whether each target's row extends the one before; a scheme of single checkpoints needs no sum."""
+    return max(map(len, rows.values()), default=0) > 1 and all(_ratio(rows[a], rows[b], a) is not None for a, b in pairwise(rows))
 
 
 class _Running:
     """The average of a scheme whose rows extend one another: one sum in double, to which each passing checkpoint is added."""
 
-    def __init__(self, rows: Mapping[int, Mapping[int, float]]):
-        self.rows, self.target, self.sums = rows, None, {}
+    def __init__(self, rows: Mapping[int, Mapping[int, float]], entries: Mapping[str, Entry], ties: Mapping[str, str]):
+        self.rows, self.entries, self.ties, self.target, self.sums = rows, entries, ties, None, {}
+        self.uniform = all(len(set(weights.values())) == 1 for weights in rows.values())  # then: a plain sum, and one division
 
-    def add(self, step: int, raws: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> None:
+    def add(self, step: int, checkpoint: Checkpoint) -> None:
         target = min((t for t in self.rows if t >= step), default=None)
-        if target is None:
+        if target is None or not (weight := self.rows[target].get(step)):
             return
-        scale = 1.0 if self.target in (None, target) else _ratio(self.rows[self.target], self.rows[target], self.target)
-        self.target, weight = target, self.rows[target].get(step, 0.0)
-        for name, entry in entries.items():
-            if entry.dtype not in FLOATS:
-                self.sums[name] = raws[name] if weight else self.sums.get(name, raws[name])
-            elif weight or scale != 1:
-                values = np.empty(entry.numel, np.longdouble if entry.dtype == "F64" else np.float64)
-                _widen(raws[name], entry.dtype, values)
-                values *= weight
-                self.sums[name] = values + scale * self.sums[name] if scale and name in self.sums else values
+        self._move(target)
+        self.newest = checkpoint
+        for name in self.entries:
+            if (entry := checkpoint.entry(name)).dtype in FLOATS:
+                values = _widen(entry.read(0, entry.nbytes), entry.dtype).astype(np.longdouble if entry.dtype == "F64" else np.float64)
+                values *= 1.0 if self.uniform else weight
+                self.sums[name] = values + self.sums.get(name, 0.0)
 
-    def result(self, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
-        out = {name: np.empty(entries[name].nbytes, np.uint8) for name in self.sums}
-        for name, values in self.sums.items():
-            if entries[name].dtype in FLOATS:
-                _narrow(values, entries[name].dtype, out[name])
-            else:
-                out[name][:] = values
-        return out
+    def _move(self, target: int) -> None:
+        """From the row of the target before, in which what is summed so far had other weights, to this target's."""
+        ratio = _ratio(self.rows[self.target], self.rows[target], self.target) if self.target not in (None, target) else 1.0
+        if ratio == 0:
+            self.sums = {}
+        elif ratio != 1 and not self.uniform:
+            self.sums = {name: total * ratio for name, total in self.sums.items()}
+        self.target = target
+
+    def average(self, target: int) -> dict:
+        self._move(target)
+        entries = {name: self.newest.entry(name) for name in self.entries}
+        data = {name: entry.read(0, entry.nbytes) for name, entry in entries.items()}
+        for name, total in self.sums.items():
+            _narrow(total / len(self.rows[target]) if self.uniform else total, entries[name].dtype, data[name])
+        state = {name: _tensor(raw, entries[name]) for name, raw in data.items()}
+        return state | {name: state[kept] for name, kept in self.ties.items()}
 
 
 # ---- 6. Averages from file to file --------------------------------------------------------------------------------------------------
 
-TILE = 1 << 20  # bytes read at a time from each checkpoint
 IN_MEMORY = 1 << 26  # bytes of tiles at most: with many checkpoints they shrink, so memory does not grow with k or N
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
           "chat_template*")  # what a Hugging Face folder holds beside its weights
 
 
+def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads: int | None = None, tile: int = TILE, progress=None,
+                  allow=(), key: str | None = None, like=None, max_shard: int = 5_000_000_000) -> dict:
+    """Write averages from file to file: every input byte read once, memory independent of model size and number of checkpoints.
+
+    Args: source: what `open_trajectory` takes; outputs: {path: (scheme, at)}, a path ending in .safetensors or .pt, or else a Hugging Face
+    folder (sharded beyond `max_shard` bytes; config and tokenizer copied from the folder `like`, default the newest input's); dtype: "F32",
+    "BF16", ... for the float tensors, default each tensor's in the newest; threads: default one per core; tile: bytes; progress: called
+    with (bytes done, bytes in all); allow: any of "nonfinite", "duplicates", "averages".
+    Returns a report: outputs with their weights, bytes read and written, seconds. Errors: LawaError, JobFailed (disk full), and nothing is
+    visible under an output's name. Killed, the same call goes on where it was.
+    """
+    begun, trajectory = time.perf_counter(), open_trajectory(source, key)
+    _positive(threads=threads, tile=tile)
+    if not outputs or dtype not in (None, *FLOATS):
+        raise LawaError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}" if outputs else "expected at least one output, got none")
+    rows = [row(scheme, trajectory.steps, at) for scheme, at in outputs.values()]
+    opened = _open_all(trajectory, {step for weights in rows for step in weights}, allow)
+    entries, ties = _layout(opened)
+    entries = {name: dataclasses.replace(e, dtype=dtype if dtype and e.dtype in FLOATS else e.dtype) for name, e in entries.items()}
+    sinks = [_Output(Path(path), entries, ties, _provenance(opened, weights, *target), max_shard)
+             for (path, target), weights in zip(outputs.items(), rows, strict=True)]
+    like = Path(like or opened[max(opened)].path)
+    _refuse(sinks, trajectory, like)
+    width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // BLOCK, 1) * BLOCK  # values per tile, in whole blocks
+    matrix = np.array([[weights.get(step, 0.0) for step in opened] for weights in rows])
+    journal, written = sinks[0].part.with_suffix(".journal"), sum(sink.nbytes for sink in sinks)
+    try:
+        _stream(opened, matrix, entries, sinks, width, allow, threads or os.cpu_count() or 1, progress, journal)
+        for sink in sinks:
+            sink.finish(like, dtype or next((e.dtype for e in entries.values() if e.dtype in FLOATS), "F32"))
+    except KeyboardInterrupt:
+        raise  # what is written stays under its hidden name for the next call
+    except BaseException as error:
+        _remove(journal, *(sink.part for sink in sinks))
+        if isinstance(error, OSError):
+            raise JobFailed(f"cannot write {sinks[0].path}: {error.strerror}; {written:,} bytes are needed") from None
+        raise
+    _remove(journal)
+    return {"outputs": [{"path": str(sink.path), "bytes": sink.nbytes, **sink.provenance} for sink in sinks], "bytes_written": written,
+            "bytes_read": sum(checkpoint.nbytes for checkpoint in opened.values()), "seconds": round(time.perf_counter() - begun, 3)}
+
+
+def sweep_files(source, schemes: Mapping[str, Callable], at, out_dir, **options) -> dict:
+    """Write out_dir/<name>/ckpt_<step>.safetensors for every scheme and target step in one pass; each folder is again a trajectory."""
+    outputs = {Path(out_dir) / name / checkpoint_name(step): (scheme, step) for name, scheme in schemes.items() for step in at}
+    return average_files(source, outputs, **options)
+
+
+def _provenance(opened: Mapping[int, Checkpoint], weights: Mapping[int, float], scheme, at: int) -> dict:
+    """Enough to make the average again. The same in every process: no clock, no address of a function."""
+    inputs = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])), "bytes": opened[step].nbytes,
+               "sample_sha256": opened[step].sample} for step in weights]
+    return {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)), "at": at,
+            "weights": {str(step): weight for step, weight in weights.items()}, "inputs": inputs}
+
+
+def _refuse(sinks: list[_Output], trajectory: Trajectory, like: Path) -> None:
+    """Refuse outputs that would do harm: an input, a folder in use, a disk too small."""
+    inputs = {Path(source).resolve() for source in trajectory.sources.values() if not callable(source)}
+    for sink in sinks:
+        if inputs & {sink.path.resolve(), *sink.path.resolve().parents}:
+            raise LawaError(f"{sink.path} is an input; choose another output")
+        if sink.path.is_dir() and (not sink.is_folder or any(sink.path.iterdir())):
+            raise LawaError(f"{sink.path} is a folder that is not empty; choose another output, or remove it")
+    parent = next(path for path in sinks[0].path.resolve().parents if path.exists())
+    if (need := sum(sink.nbytes for sink in sinks)) > (free := shutil.disk_usage(parent).free):
+        raise JobFailed(f"disk full: {need:,} bytes are needed in {parent}, {free:,} are free")
+
+
+def _stream(opened, rows: np.ndarray, entries, sinks: list[_Output], width: int, allow, threads: int, progress, journal: Path) -> None:
+    """Mix the tiles of all tensors on threads: each tile of every checkpoint is read once, each tile of every output written once.
+
+    The journal counts the tiles on disk, at most once a second, so that the very same job, if it was killed, goes on where it was.
+    """
+    tiles, problems, noted = _tiles(entries, width), set(), time.monotonic()
+    sizes = [(stop - start) * sum(itemsize(c.entry(name).dtype) for c in opened.values()) for name, start, stop in tiles]  # bytes read
+    plan = hashlib.sha256(repr((width, rows.tolist(), sorted(allow), [(sink.path, sink.headers) for sink in sinks],
+                                [(c.files(), c.sample) for c in opened.values()])).encode()).hexdigest()
+    first, total = 0, sum(sizes)
+    with contextlib.suppress(OSError, ValueError):
+        noted_plan, number = json.loads(journal.read_text())
+        if noted_plan == plan and all(file.stat().st_size == size for sink in sinks for file, (_, size) in sink.headers.items()):
+            first = number
+    done, mix_one = sum(sizes[:first]), functools.partial(_mix_tile, opened, rows, entries, lambda m, *mixed: sinks[m].write(*mixed), allow)
+    with contextlib.ExitStack() as stack:
+        for sink in sinks:
+            sink.open(stack, fresh=first == 0)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for number, found in enumerate(pool.map(mix_one, tiles[first:]), first + 1):
+            problems.update(found)
+            done += sizes[number - 1]
+            if progress:
+                progress(done, total)
+            if time.monotonic() - noted > 1 and not problems:
+                noted = time.monotonic()
+                with replacing(journal) as part:
+                    part.write_text(json.dumps([plan, number]))
+    if problems:
+        raise LawaError("; ".join(sorted(problems)))
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 class _Output:
     """A file or Hugging Face folder being written: under a hidden name until it is whole."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry], aliases: Mapping[str, str], provenance: dict, max_shard: int):
+    def __init__(self, path: Path, entries: Mapping[str, Entry], ties: Mapping[str, str], provenance: dict, max_shard: int):
         self.path, self.is_folder, self.provenance = path, path.suffix not in SUFFIXES, provenance
         self.part = path.parent / f".{path.name}.part"
         shards = _shards(entries, max_shard) if self.is_folder else {"": entries}
-        layouts = {self.part / file: _header(shard, {"format": "pt", "lawa": json.dumps(provenance), **aliases}) for file, shard in shards.items()}
+        layouts = {self.part / file: _header(shard, {"lawa": json.dumps(provenance)}, {alias: kept for alias, kept in ties.items() if kept in shard})
+                   for file, shard in shards.items()}
         self.headers = {file: (header, size) for file, (header, _, size) in layouts.items()}
         self.places = {name: (file, offset) for file, (_, offsets, _) in layouts.items() for name, offset in offsets.items()}
         self.nbytes = sum(size for _, size in self.headers.values())
@@ -1236,37 +1467,34 @@ class _Output:
         while done < len(data):
             done += os.pwrite(self.files[file].fileno(), data[done:], offset + start + done)
 
-    def finish(self, like: Path | None, dtype: str) -> None:
+    def finish(self, like: Path, dtype: str) -> None:
         """Verify with the safetensors library, convert or complete, rename."""
         from safetensors import safe_open
-        found = set()
         for file in self.headers:
             with safe_open(file, "numpy") as opened:
-                found |= set(opened.keys())
-        if found != set(self.places):
-            raise LawaError(f"{self.path}: verification failed, the file written lacks {sorted(set(self.places) - found)[:3]}")
+                if lost := {name for name, (place, _) in self.places.items() if place == file} - set(opened.keys()):
+                    raise JobFailed(f"{self.path}: verification failed, the file written lacks {sorted(lost)[:3]}")
         if self.is_folder:
             self._complete_folder(like, dtype)
         elif self.path.suffix != ".safetensors":
             whole = _open_safetensors(self.part)
-            save(self.path, _tied({name: whole[name] for name in whole.entries}, whole.aliases))
-            Path(f"{self.path}.lawa.json").write_text(json.dumps(self.provenance, indent=1))
-            return self.discard()
+            state = {name: whole[name] for name in whole.entries}
+            save(self.path, state | {alias: state[kept] for alias, kept in whole.aliases.items()})
+            with replacing(_sidecar(self.path)) as part:
+                part.write_text(json.dumps(self.provenance, indent=1))
+            return _remove(self.part)
         os.replace(self.part, self.path)
 
-    def _complete_folder(self, like: Path | None, dtype: str) -> None:
+    def _complete_folder(self, like: Path, dtype: str) -> None:
         if len(self.headers) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": {name: file.name for name, (file, _) in self.places.items()}}
             (self.part / INDEXES[0]).write_text(json.dumps(index, indent=1))
-        for source in [path for pattern in COPIED for path in sorted(like.glob(pattern))] if like else []:
+        for source in [path for pattern in COPIED for path in sorted(like.glob(pattern))]:
             shutil.copyfile(source, self.part / source.name)
         if (config := self.part / "config.json").exists():
             fields = json.loads(config.read_text())
             names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
             config.write_text(json.dumps(fields | dict.fromkeys(names, DTYPES[dtype][1]), indent=2))
-
-    def discard(self) -> None:
-        shutil.rmtree(self.part, ignore_errors=True) if self.part.is_dir() else self.part.unlink(missing_ok=True)
 
 
 def _shards(entries: Mapping[str, Entry], max_shard: int) -> dict[str, dict[str, Entry]]:
@@ -1281,153 +1509,33 @@ def _shards(entries: Mapping[str, Entry], max_shard: int) -> dict[str, dict[str,
     return dict(zip(names if len(groups) > 1 else SINGLES[:1], groups, strict=True))
 
 
-def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads: int | None = None, tile: int = TILE, progress=None,
-                  allow=(), key: str | None = None, like=None, max_shard: int = 5_000_000_000) -> dict:
-    """Write averages from file to file: every input byte read once, memory independent of model size and number of checkpoints.
-
-    Args: source: what `open_trajectory` takes; outputs: {path: (scheme, at)}, a path ending in .safetensors or .pt, or else a Hugging Face
-    folder (sharded beyond `max_shard` bytes; config and tokenizer copied from the folder `like`, default the newest input's); dtype: "F32",
-    "BF16", ... for the float tensors, default each tensor's in the newest; threads: default one per core; tile: bytes; progress: called
-    with (bytes done, bytes in all); allow: any of "nonfinite", "duplicates", "averages".
-    Returns a report: outputs with their weights, bytes read and written, seconds. Errors: LawaError, and nothing is visible under an
-    output's name. Killed, the same call goes on where it was.
-    """
-    begun, trajectory = time.perf_counter(), open_trajectory(source, key)
-    rows = {Path(path): row(scheme, trajectory.steps, at) for path, (scheme, at) in outputs.items()}
-    opened = _open_steps(trajectory, {step for weights in rows.values() for step in weights}, allow)
-    newest = opened[max(opened)]
-    entries = {name: dataclasses.replace(e, dtype=dtype if dtype and e.dtype in FLOATS else e.dtype) for name, e in newest.entries.items()}
-    sinks = [_Output(path, entries, newest.aliases, _provenance(opened, weights, *target), max_shard)
-             for (path, weights), target in zip(rows.items(), outputs.values(), strict=True)]
-    _refuse(sinks, opened)
-    job = _Job(opened, list(rows.values()), entries, sinks, tile, allow)
-    try:
-        job.run(threads or os.cpu_count() or 1, progress)
-        for sink in sinks:
-            sink.finish(Path(like or newest.path), dtype or next((e.dtype for e in entries.values() if e.dtype in FLOATS), "F32"))
-    except KeyboardInterrupt:
-        raise  # what is written stays under its hidden name for the next call
-    except BaseException as error:
-        for sink in sinks:
-            sink.discard()
-        job.journal.unlink(missing_ok=True)
-        raise LawaError(f"cannot write {sinks[0].path}: {error.strerror}; {sum(sink.nbytes for sink in sinks):,} bytes are needed"
-                        ) from None if isinstance(error, OSError) else error
-    job.journal.unlink(missing_ok=True)
-    return {"outputs": [{"path": str(sink.path), "bytes": sink.nbytes, **sink.provenance} for sink in sinks],
-            "bytes_read": sum(checkpoint.nbytes for checkpoint in opened.values()), "bytes_written": sum(sink.nbytes for sink in sinks),
-            "seconds": round(time.perf_counter() - begun, 3)}
-
-
-def sweep_files(source, schemes: Mapping[str, Callable], at, out_dir, **options) -> dict:
-    """Write out_dir/<name>/ckpt_<step>.safetensors for every scheme and target step in one pass; each folder is again a trajectory."""
-    outputs = {Path(out_dir) / name / checkpoint_name(step): (scheme, step) for name, scheme in schemes.items() for step in at}
-    return average_files(source, outputs, **options)
-
-
-def _provenance(opened: Mapping[int, Checkpoint], weights: Mapping[int, float], scheme, at: int) -> dict:
-    inputs = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])), "bytes": opened[step].nbytes, "sample_sha256": opened[step].sample}
-              for step in weights]
-    return {"version": __version__, "scheme": str(scheme), "at": at, "weights": {str(step): w for step, w in weights.items()}, "inputs": inputs}
-
-
-def _refuse(sinks: list[_Output], opened: Mapping[int, Checkpoint]) -> None:
-    """Refuse outputs that would do harm: an input, a folder in use, a disk too small."""
-    inputs = {Path(path).resolve() for c in opened.values() for path in (c.path, *(entry.path for entry in c.entries.values()))}
-    for sink in sinks:
-        if sink.path.resolve() in inputs:
-            raise LawaError(f"{sink.path} is an input; choose another output")
-        if sink.path.is_dir() and (not sink.is_folder or any(sink.path.iterdir())):
-            raise LawaError(f"{sink.path} is a folder that is not empty; choose another output, or remove it")
-    parent = next(path for path in sinks[0].path.resolve().parents if path.exists())
-    if (need := sum(sink.nbytes for sink in sinks)) > (free := shutil.disk_usage(parent).free):
-        raise LawaError(f"disk full: {need:,} bytes are needed in {parent}, {free:,} are free")
-
-
-class _Job:
-    """The tiles of all tensors, mixed by threads: each tile of every checkpoint read once, each tile of every output written once.
-
-    A journal beside the first output counts the tiles on disk, at most once a second, so that a killed job goes on where it was.
-    """
-
-    def __init__(self, opened: Mapping[int, Checkpoint], rows, entries: Mapping[str, Entry], sinks: list[_Output], tile: int, allow):
-        self.inputs = {name: [checkpoint.entries[name] for checkpoint in opened.values()] for name in entries}
-        self.rows = np.array([[weights.get(step, 0.0) for step in opened] for weights in rows])
-        self.entries, self.sinks, self.allow, self.problems = entries, sinks, allow, set()
-        width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // BLOCK, 1) * BLOCK  # values, in whole blocks
-        self.tasks = [(name, start, min(start + width, entry.numel)) for name, entry in entries.items() for start in range(0, entry.numel, width)]
-        self.journal = sinks[0].path.parent / f".{sinks[0].path.name}.journal"
-        self.plan = hashlib.sha256(repr((width, self.rows.tolist(), [(s.path, s.nbytes) for s in sinks],
-                                         [(c.path, c.sample) for c in opened.values()])).encode()).hexdigest()
-
-    def run(self, threads: int, progress) -> None:
-        first, total, noted = self._resumed(), sum(e.nbytes for entries in self.inputs.values() for e in entries), time.monotonic()
-        with contextlib.ExitStack() as stack:
-            for sink in self.sinks:
-                sink.open(stack, fresh=first == 0)
-            pool = stack.enter_context(ThreadPoolExecutor(threads))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            done = sum(self._read(task) for task in self.tasks[:first])
-            for number, (task, _) in enumerate(zip(self.tasks[first:], pool.map(self._mix, self.tasks[first:]), strict=True), first + 1):
-                done += self._read(task)
-                if progress:
-                    progress(done, total)
-                if time.monotonic() - noted > 1:
-                    noted = time.monotonic()
-                    with replacing(self.journal) as part:
-                        part.write_text(json.dumps([self.plan, number]))
-                for entry in self.inputs[task[0]] if task[2] == self.entries[task[0]].numel else ():
-                    entry.__dict__.pop("loaded", None)  # frees torch tensors that had to be copied
-        if self.problems:
-            raise LawaError("; ".join(sorted(self.problems)))
-
-    def _resumed(self) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            plan, number = json.loads(self.journal.read_text())
-            if plan == self.plan and all(file.stat().st_size == size for s in self.sinks for file, (_, size) in s.headers.items()):
-                return number
-        return 0
-
-    def _read(self, task) -> int:
-        return (task[2] - task[1]) * sum(itemsize(entry.dtype) for entry in self.inputs[task[0]])
-
-    def _mix(self, task) -> None:
-        name, start, stop = task
-        inputs, dtype = self.inputs[name], self.entries[name].dtype
-        raws = [entry.read(start * itemsize(entry.dtype), stop * itemsize(entry.dtype)) for entry in inputs]
-        for weights, sink, data in zip(self.rows, self.sinks, mix(self.rows, raws, [e.dtype for e in inputs], [dtype] * len(self.sinks)), strict=True):
-            if "nonfinite" not in self.allow and dtype in FLOATS and not _finite(data, dtype):
-                own = np.flatnonzero(weights)
-                self.problems.update(_blame(name, [inputs[n] for n in own], [raws[n] for n in own], dtype))
-            sink.write(name, start * itemsize(dtype), data)
-
-
 # ---- 7. Search ----------------------------------------------------------------------------------------------------------------------
 
 def search(source, evaluate: Callable[[dict], object], at: int | None = None, budget: int = 12, ks=(2, 3, 5, 8, 12), key=None) -> dict:
     """The best LAWA window on a trajectory, in at most `budget` evaluations.
 
-    Args: source: what `open_trajectory` takes; evaluate: {name: tensor} -> validation loss, or the losses of equally many blocks (paired, so
-    that the answer comes with a standard error); lower is better; at: step, default the newest; budget: evaluations, the run's own included.
-    How: what decides is the window's span k * spacing (2507.17634), and gain against span is an inverted U; so a golden-section-like search over
-    spans at the middle k, then the other k at the best span.
+    Args: source: what `open_trajectory` takes; evaluate: {name: tensor} -> validation loss, or the losses of equally many blocks (paired,
+    so that the answer comes with a standard error); lower is better, NaN is worst; at: step, default the newest; budget: evaluations, the
+    run's own included.
+    How: what decides is the window's span k * spacing (2507.17634), and gain against span is an inverted U; so a bisection over spans at
+    the middle k, then the other k at the best span.
     Returns {"best": scheme, "gain", "gain_se", "sure": text, "trials": [{"scheme", "loss", "gain", "gain_se"}]}. Mutates nothing.
     """
     trajectory = open_trajectory(source, key)
+    _positive(budget=budget)
     at = trajectory.steps[-1] if at is None else at
     losses: dict[object, np.ndarray] = {}
 
     def loss(scheme) -> float:
         if scheme not in losses and len(losses) < budget:
             losses[scheme] = np.atleast_1d(np.asarray(evaluate(average(trajectory, scheme, at)), float))
-        return float(losses[scheme].mean()) if scheme in losses else math.inf
+        return _mean(losses[scheme]) if scheme in losses else math.inf
 
     def fits(scheme) -> bool:
         with contextlib.suppress(LawaError):
             return len(row(scheme, trajectory.steps, at)) == scheme.k
         return False
-    back = [at - step for step in trajectory.steps if step < at]
-    windows = [scheme for k in ks for spacing in back for scheme in [lawa(k, spacing)] if fits(scheme)]
+    windows = [w for k in ks for step in trajectory.steps if step < at for w in [lawa(k, at - step)] if fits(w)]
     if not windows:
         raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step {at}; there are {_some(trajectory.steps)}")
     run, middle = newest(), sorted(ks)[len(ks) // 2]
@@ -1443,53 +1551,66 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
     return _verdict(losses, run)
 
 
+def _mean(values: np.ndarray) -> float:
+    return math.inf if np.isnan(values).any() else float(values.mean())
+
+
 def _verdict(losses: Mapping, run) -> dict:
-    best, trials = min(losses, key=lambda scheme: losses[scheme].mean()), []
-    for scheme, values in losses.items():
-        gains = losses[run] - values  # paired block by block
-        error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
-        trials.append({"scheme": str(scheme), "loss": float(values.mean()), "gain": float(gains.mean()), "gain_se": error})
-    top = next(trial for trial in trials if trial["scheme"] == str(best))
-    if not top["gain_se"]:
+    def paired(values, than):  # (mean, standard error) of the differences block by block
+        gains = than - values
+        return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
+    best = min(losses, key=lambda scheme: _mean(losses[scheme]))
+    trials = [{"scheme": str(scheme), "loss": float(values.mean()), **dict(zip(("gain", "gain_se"), paired(values, losses[run]), strict=True))}
+              for scheme, values in losses.items()]
+    gain, error = paired(losses[best], losses[run])
+    if error is None:
         sure = "no spread known: the validation gave one number per model; give one per block to learn how sure this is"
     else:
-        close = sum(losses[s].mean() - losses[best].mean() < 2 * np.std(losses[s] - losses[best], ddof=1) / math.sqrt(len(losses[s])) for s in losses if s != best)
-        sure = f"gain {top['gain']:+.4f} +- {top['gain_se']:.4f} (standard error over {len(losses[run])} blocks); {close} other windows are within 2 standard errors"
-    return {"best": best, "gain": top["gain"], "gain_se": top["gain_se"], "sure": sure, "trials": trials}
+        close = sum(more < 2 * spread for scheme in losses if scheme != best for more, spread in [paired(losses[best], losses[scheme])])
+        sure = (f"gain {gain:+.4f} +- {error:.4f} (standard error over {len(losses[run])} blocks); "
+                f"{close} other windows are within 2 standard errors")
+    return {"best": best, "gain": gain, "gain_se": error, "sure": sure, "trials": trials}
 
 
 # ---- 8. Online averages -------------------------------------------------------------------------------------------------------------
 
 def live_state(model) -> dict:
-    """{name: the model's own tensor}, through DDP and torch.compile wrappers; tied tensors under their first name only."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    entries = {}
-    for name, tensor in model.state_dict(keep_vars=False).items():
-        if not any(tensor.is_set_to(other) for other in entries.get(tensor.data_ptr(), {}).values()):
-            entries.setdefault(tensor.data_ptr(), {})[name] = tensor
-    return {name: tensor for group in entries.values() for name, tensor in group.items()}
+    """{name: the model's own tensor}, through DDP, DataParallel and torch.compile wrappers: the unwrapped model's state_dict()."""
+    import torch
+    while hasattr(model, "_orig_mod") or isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 class _Online:
-    """What LAWA, EMA and SWA share: when to update, and swapping the average into the model. Averages never feed back into training."""
+    """What LAWA, EMA and SWA share: when to update, state, and swapping the average into the model. Nothing feeds back into training."""
 
     def __init__(self, model, every: int, start: int):
         _positive(every=every)
-        self.model, self.every, self.start, self.others = model, every, start, {}
+        self.model, self.every, self.start, self.held = model, every, start, {}  # held: all state, nested dicts with tensors by name
+
+    def _live(self) -> dict:
+        """The model's tensors, tied ones once."""
+        live = live_state(self.model)
+        first = _first_names(live)
+        return {name: tensor for name, tensor in live.items() if first[name] == name}
 
     def update(self, step: int) -> None:
-        """Call after every optimizer.step() with the number of steps done; steps before `start` or off the grid are ignored."""
-        if step >= self.start and (step - self.start) % self.every == 0:
-            live = live_state(self.model)
-            self.others = {name: tensor.clone() for name, tensor in live.items() if not tensor.is_floating_point()}
-            self._take(step, {name: tensor for name, tensor in live.items() if tensor.is_floating_point()})
+        """Call after every optimizer.step() with the number of steps done; steps before `start`, off the grid or taken are ignored."""
+        if step >= self.start and (step - self.start) % self.every == 0 and step > self.held.get("step", -1):
+            self._take(step, self._live())
+            self.held["step"] = step
+
+    def average(self, *which) -> dict:
+        """{name: fresh tensor} under the names of the model's state_dict(), in the model's dtypes; an EMA of several takes the beta."""
+        averaged = self._average(*which)
+        return {name: averaged[first] for name, first in _first_names(live_state(self.model)).items()}
 
     @contextlib.contextmanager
     def swapped(self, *which):
         """Inside, the model holds the average (of the given beta, for an EMA of several); after, its own weights again, to the bit."""
         import torch
-        live, averaged = live_state(self.model), self.average(*which)
+        live, averaged = self._live(), self._average(*which)
         own = {name: tensor.clone() for name, tensor in live.items()}
         with torch.no_grad():
             try:
@@ -1500,112 +1621,135 @@ class _Online:
                 for name, tensor in live.items():
                     tensor.copy_(own[name])
 
+    def state_dict(self) -> dict:
+        """A copy of all state; torch.save writes it and a weights-only torch.load reads it. Goes on bit for bit after load_state_dict."""
+        return {"kind": type(self).__name__, "shapes": {n: list(t.shape) for n, t in self._live().items()}, "held": _copied(self.held)}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take a copy of a state of the same kind and model; LawaError if it is another's."""
+        live = self._live()
+        if state.get("kind") != type(self).__name__ or state["shapes"] != {name: list(tensor.shape) for name, tensor in live.items()}:
+            raise LawaError(f"expected the state of {type(self).__name__} for this model, got that of {state.get('kind')} for "
+                            f"{len(state.get('shapes', ()))} tensors, of other names or shapes")
+        self.held = _copied(state["held"], {name: self._place(tensor) for name, tensor in live.items()})
+
+    def _place(self, tensor):
+        return tensor.device
+
+
+def _copied(tree: Mapping, places: Mapping | None = None) -> dict:
+    """A deep copy of nested dicts of tensors, each on the device that `places` gives its name."""
+    return {key: _copied(value, places) if isinstance(value, Mapping) else value.to(places[key] if places else value.device, copy=True)
+            if hasattr(value, "device") else value for key, value in tree.items()}
+
 
 class LAWA(_Online):
     """The last k snapshots, `spacing` steps apart, as a window on the CPU or, with `folder`, on disk as a trajectory of checkpoints.
 
-    A push costs one copy of the weights. `average()` is the mean of what the window holds, {name: CPU tensor}, bit for bit what
-    `average` makes of the same checkpoints on disk. Source: arXiv 2306.03241.
+    A push costs one copy of the weights. `average()` is the mean of what the window holds, on the CPU, bit for bit what the function
+    `average` makes of the same checkpoints. Source: arXiv 2306.03241.
     """
 
     def __init__(self, model, k: int, spacing: int, start: int = 0, folder=None):
         super().__init__(model, spacing, start)
         _positive(k=k)
-        self.k, self.folder, self.window = k, folder and Path(folder), {}  # window: {step: {name: tensor}, or the file's path}
+        self.k, self.folder, self.held = k, folder and Path(folder), {"window": {}}  # {step: {name: tensor}}, on disk {step: {}}
 
     def _take(self, step, live):
         import torch
-        oldest = self.window.pop(min(self.window)) if len(self.window) == self.k else None
+        window, oldest = self.held["window"], {}
+        while len(window) >= self.k:
+            oldest = window.pop(gone := min(window))
+            if self.folder:
+                (self.folder / checkpoint_name(gone)).unlink(missing_ok=True)
         if self.folder:
-            self.window[step] = str(self.folder / checkpoint_name(step))
-            save(self.window[step], live | self.others)
-            if oldest:
-                Path(oldest).unlink(missing_ok=True)
+            save(self.folder / checkpoint_name(step), live_state(self.model))
+            window[step] = {}
             return
-        slot = oldest or {name: torch.empty_like(tensor, device="cpu") for name, tensor in live.items()}
-        torch._foreach_copy_(list(slot.values()), [tensor.detach() for tensor in live.values()])
-        self.window[step] = slot
+        if {n: t.dtype for n, t in oldest.items()} != {n: t.dtype for n, t in live.items()}:  # else its memory is used again
+            oldest = {name: torch.empty_like(tensor, device="cpu") for name, tensor in live.items()}
+        torch._foreach_copy_(list(oldest.values()), list(live.values()))
+        window[step] = oldest
 
-    def average(self) -> dict:
-        if not self.window:
+    def _average(self):
+        steps = sorted(self.held["window"])[-self.k:]
+        if not steps:
             raise LawaError("the window is empty: call update(step) first")
-        if self.folder:
-            return average(list(self.window.values()))
-        snapshots = [_as_entries(snapshot, "window")[0] for snapshot in self.window.values()]
-        rows = np.full((1, len(snapshots)), 1 / len(snapshots))
-        mixed = {name: mix(rows, [s[name].loaded for s in snapshots], [s[name].dtype for s in snapshots], [e.dtype])[0] for name, e in snapshots[0].items()}
-        return {name: _tensor(data, snapshots[0][name].dtype, snapshots[0][name].shape) for name, data in mixed.items()} | self.others
+        opened = {step: open_checkpoint(self.folder / checkpoint_name(step)) if self.folder else
+                  Checkpoint(f"snapshot {step}", *_as_entries(self.held["window"][step], f"snapshot {step}")) for step in steps}
+        return _merge(dict.fromkeys(steps, 1 / len(steps)), opened, ALLOW)
 
-    def state_dict(self) -> dict:
-        return {"window": {step: held if self.folder else {n: t.clone() for n, t in held.items()} for step, held in self.window.items()},
-                "others": dict(self.others)}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        self.window = {step: held if self.folder else {n: t.clone() for n, t in held.items()} for step, held in state["window"].items()}
-        self.others = dict(state["others"])
+    def _place(self, tensor):
+        return "cpu"
 
 
 class EMA(_Online):
     """e <- e + (1 - beta)(w - e) every `every` steps since `start`, begun at the first w; one `beta` or several in one pass.
 
-    Kept in `dtype`, on the parameters' device. In float32 it strays from the closed form by up to about 1 / (1 - beta) / 2 ulp, as every
-    fp32 EMA does; float64 agrees to 1 ulp. Parameters that do not move keep their bits.
+    Kept in `dtype` (default float32, wider where the model is), on the parameters' device. In float32 it strays from the closed form by
+    up to about 1 / (1 - beta) / 2 ulp, as every fp32 EMA does; float64 agrees to 1 ulp. Parameters that do not move keep their bits.
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
-        import torch
         super().__init__(model, every, start)
-        self.betas, self.dtype, self.shadows = tuple(map(float, np.atleast_1d(betas))), dtype or torch.float32, {}
+        self.betas, self.dtype, self.held = tuple(map(float, np.atleast_1d(betas))), dtype, {"shadows": {}, "others": {}}
+        if not self.betas:
+            raise LawaError("expected one beta or more, got none")
         for beta in self.betas:
             ema(beta)  # refuses a beta outside [0, 1)
 
     def _take(self, step, live):
         import torch
-        values = [tensor.detach().to(self.dtype) for tensor in live.values()]
+        floats, self.held["others"] = _parted(live)
+        values = [tensor.to(torch.promote_types(tensor.dtype, self.dtype or torch.float32)) for tensor in floats.values()]
         for beta in self.betas:
-            if beta in self.shadows:
-                torch._foreach_lerp_(list(self.shadows[beta].values()), values, 1 - beta)
+            if beta in self.held["shadows"]:
+                torch._foreach_lerp_(list(self.held["shadows"][beta].values()), values, 1 - beta)
             else:
-                self.shadows[beta] = {name: value.clone() for name, value in zip(live, values, strict=True)}
+                self.held["shadows"][beta] = {name: value.clone() for name, value in zip(floats, values, strict=True)}
 
-    def average(self, beta: float | None = None) -> dict:
-        beta = self.betas[0] if beta is None else beta
-        if beta not in self.shadows:
-            raise LawaError(f"no average for beta {beta}: " + ("call update(step) first" if beta in self.betas else f"there are {self.betas}"))
-        live = live_state(self.model)
-        return {name: value.to(live[name].dtype, copy=True) for name, value in self.shadows[beta].items()} | self.others
+    def _average(self, beta: float | None = None):
+        shadow = self.held["shadows"].get(self.betas[0] if beta is None else beta)
+        if not shadow:
+            raise LawaError(f"no average for beta {self.betas[0] if beta is None else beta} of {self.betas}; call update(step) first")
+        live = self._live()
+        return {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()} | _copied(self.held["others"])
 
-    def state_dict(self) -> dict:
-        return {"shadows": {beta: {n: t.clone() for n, t in shadow.items()} for beta, shadow in self.shadows.items()}, "others": dict(self.others)}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        self.shadows = {beta: {n: t.clone() for n, t in shadow.items()} for beta, shadow in state["shadows"].items()}
-        self.others = dict(state["others"])
+    def load_state_dict(self, state):
+        if state.get("kind") == "EMA" and not set(state["held"]["shadows"]) <= set(self.betas):
+            raise LawaError(f"expected the state of an EMA with betas {self.betas}, got {tuple(state['held']['shadows'])}")
+        super().load_state_dict(state)
 
 
 class SWA(_Online):
-    """The uniform mean of every `every`-th step since `start`, kept as a sum in double (arXiv 1803.05407)."""
+    """The uniform mean of every `every`-th step since `start` (arXiv 1803.05407), from a sum in double, for float64 in two doubles."""
 
     def __init__(self, model, start: int = 0, every: int = 1):
         super().__init__(model, every, start)
-        self.sums, self.count = {}, 0
+        self.held = {"count": 0, "sums": {}, "lost": {}, "others": {}}
 
     def _take(self, step, live):
-        for name, tensor in live.items():
-            self.sums[name] = self.sums[name] + tensor.detach() if self.count else tensor.detach().double()
-        self.count += 1
+        floats, self.held["others"] = _parted(live)
+        sums, lost = self.held["sums"], self.held["lost"]
+        for name, tensor in floats.items():
+            value, before = tensor.double(), sums.get(name, 0.0)
+            sums[name] = total = before + value
+            if tensor.dtype == value.dtype:  # what the addition rounded off (Knuth's two-sum)
+                lost[name] = lost.get(name, 0.0) + ((before - (total - value)) + (value - (total - (total - value))))
+        self.held["count"] += 1
 
-    def average(self) -> dict:
-        if not self.count:
+    def _average(self):
+        count, lost, live = self.held["count"], self.held["lost"], self._live()
+        if not count:
             raise LawaError("nothing averaged yet: call update(step) from step `start` on")
-        live = live_state(self.model)
-        return {name: (total / self.count).to(live[name].dtype) for name, total in self.sums.items()} | self.others
+        means = {name: ((total + lost.get(name, 0.0)) / count).to(live[name].dtype) for name, total in self.held["sums"].items()}
+        return means | _copied(self.held["others"])
 
-    def state_dict(self) -> dict:
-        return {"sums": dict(self.sums), "count": self.count, "others": dict(self.others)}  # the sums are replaced, never changed in place
 
-    def load_state_dict(self, state: Mapping) -> None:
-        self.sums, self.count, self.others = dict(state["sums"]), state["count"], dict(state["others"])
+def _parted(live: Mapping) -> tuple[dict, dict]:
+    """(floating-point tensors, copies of the others, of which an average keeps the newest)."""
+    floats = {name: tensor for name, tensor in live.items() if tensor.is_floating_point()}
+    return floats, {name: tensor.clone() for name, tensor in live.items() if name not in floats}
 
 
 # ---- 9. Command line ----------------------------------------------------------------------------------------------------------------
@@ -1615,10 +1759,23 @@ EXAMPLES = """examples
   lawa average ckpt_800.pt ckpt_900.pt ckpt_1000.pt -o avg.pt    the mean of these three
   lawa average runs/my-run -k 5 --spacing 1000 -o avg.safetensors
   lawa average runs/my-run --scheme "ema(beta=0.99)" --at 20000 --dtype BF16 -o hf-folder
-  lawa sweep runs/my-run --scheme "lawa(k=5, spacing=1000)" --scheme "decay(window=5000)" --every 1000 -o averages/
+  lawa sweep runs/my-run --scheme "lawa(k=5, spacing=1000)" --scheme "decay(window=5000)" --every 1000 -o averages
   lawa search runs/my-run --command "python validate.py {}"      the best window; the command prints the loss, or one per block
   lawa export averages/lawa/ckpt_20000.safetensors --like hf-folder -o new-hf-folder
-exit status: 0 done, 1 the job failed, 2 bad usage or input, 130 interrupted (the same command goes on)"""
+
+what an average does: inputs are never changed. Names and shapes must agree; float tensors are averaged in double precision and rounded
+once; integer tensors come from the newest checkpoint; tied tensors stay tied. NaN, Inf, identical checkpoints and averages among the
+inputs are refused (--allow). The output appears under its name when it is whole; stopped, the same command goes on where it was.
+
+schemes (steps are read from the names; every=, spacing=, start=, window= in steps)
+  lawa(k=5, spacing=100)                  mean of the k latest checkpoints, spacing apart; without spacing the k latest there are
+  swa(start=0, every=10)                  mean of everything since start
+  ema(beta=0.99)                          e <- beta e + (1 - beta) w over the checkpoints
+  decay(window=1000, shape='1-sqrt')      weights that act like a learning-rate decay; shapes linear, cosine, 1-sqrt
+  explicit([0.2, 0.8])                    these weights, the last for the newest, divided by their sum
+  newest                                  one checkpoint as it is
+
+exit status: 0 done, 1 the job failed or inspect found problems, 2 bad usage or input, 130 interrupted"""
 
 
 class Progress:
@@ -1632,78 +1789,100 @@ class Progress:
         if sys.stderr.isatty() and (now - self.shown > 0.1 or done >= total):
             self.shown, rate = now, done / max(now - self.begun, 1e-9)
             sys.stderr.write(f"\r[{'#' * int(30 * done / max(total, 1)):<30}] {done / self.scale:.4g} of {total / self.scale:.4g} {self.unit}, "
-                             f"{rate / self.scale:.3g} {self.unit}/s, {(total - done) / max(rate, 1e-9):.0f} s left {note} " + "\n" * (done >= total))
+                             f"{rate / self.scale:.3g} {self.unit}/s, {(total - done) / max(rate, 1e-9):.0f} s left {note} "
+                             + "\n" * (done >= total))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise LawaError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lawa", description="Average the checkpoints of a training run.", epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser("lawa", description="Average the checkpoints of a training run.", epilog=EXAMPLES,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text, *groups):
         sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.add_argument("inputs", nargs="+", metavar="CKPT", help="checkpoints (.safetensors, .pt, Hugging Face or distributed folders), or one run "
-                         "folder or glob; steps are read from the names")
-        sub.add_argument("--key", help="where a nested .pt holds its weights (default: model, state_dict, module, or at the top)")
-        sub.add_argument("--json", action="store_true", help="print the result as JSON")
-        for group in groups:
-            group(sub)
-
-    def scheme(sub):
-        sub.add_argument("--scheme", action="append", default=[], help="a row of weights: lawa(k=5, spacing=100), swa(start=0, every=10), ema(beta=0.99), "
-                         "decay(window=1000, shape='1-sqrt'), explicit([0.2, 0.8]); default: the uniform mean of all inputs")
-        sub.add_argument("-k", "--k", type=int, help="LAWA: checkpoints in the window")
-        sub.add_argument("--spacing", type=int, help="LAWA: steps between them (default: the k latest there are)")
-        sub.add_argument("--weights", help="explicit weights, oldest first: 0.2,0.3,0.5 (divided by their sum)")
-        sub.add_argument("--tokens-per-step", type=int, help="durations in schemes are in tokens, this many per step")
-
-    def target(sub):
-        sub.add_argument("--at", type=int, help="the step to average at (default: the newest)")
-
-    def output(sub):
-        sub.add_argument("-o", "--out", required=True, help="FILE.safetensors, FILE.pt or a new Hugging Face folder; for sweep a folder")
-        sub.add_argument("--dtype", type=str.upper, choices=FLOATS, help="type of the float tensors written (default: the newest input's)")
-        sub.add_argument("--like", help="Hugging Face folder to copy config and tokenizer from (default: the newest input, if it is one)")
-        sub.add_argument("--max-shard", type=float, default=5, help="GB per shard of a Hugging Face folder (default 5)")
-        sub.add_argument("--threads", type=int, help="default: one per core")
-        sub.add_argument("--allow", action="append", default=[], choices=["nonfinite", "duplicates", "averages"], help="average in spite of NaN or Inf, "
-                         "byte-identical checkpoints, averages among the inputs")
-    command("inspect", "Show a trajectory: steps, spacing, size, types, distance between neighbours, problems.")
-    command("average", "Write one average of checkpoints.", scheme, target, output)
-    command("sweep", "Write the averages of several schemes at many steps, in one pass over the checkpoints.", scheme, output,
-            lambda sub: sub.add_argument("--every", type=int, help="steps between targets (default: every checkpoint)"))
-    command("search", "Find the best LAWA window with a validation command.", target,
-            lambda sub: sub.add_argument("--command", dest="run", required=True, help="program with {} for the checkpoint; prints the loss, or one per block"),
-            lambda sub: sub.add_argument("--budget", type=int, default=12, help="evaluations at most (default 12)"))
-    command("export", "Write one checkpoint as a Hugging Face folder.", target, output)
+        add = sub.add_argument
+        add("inputs", nargs="+", metavar="CKPT", help="checkpoints (.safetensors, .pt, Hugging Face or torch distributed folders), or one "
+            "run folder or glob of them; steps are read from the names")
+        add("--key", help="where a nested .pt holds its weights (default: model, state_dict, module, or at the top)")
+        add("--json", action="store_true", help="print the result as JSON")
+        if "scheme" in groups:
+            add("--scheme", action="append", default=[], help="how to average, see below (default: the uniform mean of all inputs)")
+            add("-k", "--k", type=int, help="short for --scheme lawa: checkpoints in the window")
+            add("--spacing", type=int, help="with -k or --weights: steps between the checkpoints (default: the latest there are)")
+            add("--weights", help="short for --scheme explicit: weights, oldest first, as 0.2,0.3,0.5 (divided by their sum)")
+            add("--tokens-per-step", type=int, help="durations are given in tokens, this many per step")
+        if "at" in groups:
+            add("--at", type=int, help="the step to average at (default: the newest)")
+        if "output" in groups:
+            add("-o", "--out", required=True, help="FILE.safetensors, FILE.pt or a new Hugging Face folder; for sweep a folder")
+            add("--dtype", type=str.upper, choices=FLOATS, help="type of the float tensors written (default: the newest input's)")
+            add("--like", help="Hugging Face folder to copy config and tokenizer from (default: the newest input, if it is one)")
+            add("--max-shard", type=float, default=5, help="GB per shard of a Hugging Face folder (default 5)")
+            add("--threads", type=int, help="default: one per core")
+            add("--allow", action="append", default=[], choices=ALLOW, help="average in spite of NaN or Inf, byte-identical checkpoints, "
+                "averages among the inputs")
+        return add
+    command("inspect", "Show a trajectory: steps, sizes, types, how far the weights moved, problems. Reads every byte once.")
+    command("average", "Write one average of checkpoints.", "scheme", "at", "output")
+    add = command("sweep", "Write the averages of several schemes at many steps, in one pass over the checkpoints.", "scheme", "output")
+    add("--every", type=int, default=1, help="average at the steps that are multiples of this (default: every checkpoint)")
+    add = command("search", "Find the best LAWA window with a validation command.", "at")
+    add("--command", dest="run", required=True, help="program with {} for the checkpoint's path; prints the loss, or one per block, last")
+    add("--budget", type=int, default=12, help="evaluations at most (default 12)")
+    command("export", "Write one checkpoint as a Hugging Face folder.", "at", "output")
     return parser
 
 
-def _scheme(args) -> dict[str, Callable]:
+def _schemes(args) -> dict[str, Callable]:
     """{name: scheme} from the command line; the names are folder names."""
-    texts = {re.sub(r"[^\w.=-]+", "-", text).strip("-"): parse_scheme(text) for text in getattr(args, "scheme", [])}
-    if getattr(args, "weights", None):
-        texts["explicit"] = parse_scheme(f"explicit([{args.weights}], spacing={args.spacing})")
-    elif getattr(args, "k", None) is not None:
-        texts["lawa"] = lawa(args.k, args.spacing)
-    if getattr(args, "tokens_per_step", None):
-        texts = {name: in_steps(scheme, args.tokens_per_step) for name, scheme in texts.items()}
-    return texts or {"mean": newest() if args.command == "export" else swa()}
+    if args.command == "export":
+        return {"newest": newest()}
+    if bool(args.scheme) + (args.k is not None) + (args.weights is not None) > 1:
+        raise LawaError("expected only one of --scheme, --k and --weights, got more")
+    if args.spacing is not None and args.k is None and args.weights is None:
+        raise LawaError("--spacing goes with --k or --weights; a --scheme has its own, as in lawa(k=5, spacing=100)")
+    schemes = {re.sub(r"[^\w.=-]+", "-", text).strip("-"): parse_scheme(text) for text in args.scheme}
+    if args.weights is not None:
+        schemes["explicit"] = parse_scheme(f"explicit([{args.weights}], spacing={args.spacing})")
+    if args.k is not None:
+        schemes["lawa"] = lawa(args.k, args.spacing)
+    if args.tokens_per_step is not None:
+        schemes = {name: in_steps(scheme, args.tokens_per_step) for name, scheme in schemes.items()}
+    return schemes or {"mean": swa()}
 
 
 def _inspect(trajectory: Trajectory) -> dict:
-    """What `lawa inspect` shows. Distance: norm of the difference to the checkpoint before, relative to the norm; reads every byte once."""
-    table, before, progress = [], None, Progress()
-    for number, step in enumerate(trajectory.steps):
-        checkpoint = trajectory[step]
-        now = {name: tensor.double() for name, tensor in checkpoint.items() if tensor.is_floating_point() and name in checkpoint.entries}
-        norm = math.sqrt(sum(float(t.square().sum()) for t in now.values()))
-        moved = None if before is None else math.sqrt(sum(float((t - before[n]).square().sum()) for n, t in now.items() if before.get(n, t).shape == t.shape and n in before))
-        table.append({"step": step, "bytes": checkpoint.nbytes, "parameters": sum(e.numel for e in checkpoint.entries.values()),
-                      "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": norm, "moved": moved and moved / norm})
-        before = now
-        progress((number + 1) * checkpoint.nbytes, len(trajectory) * checkpoint.nbytes)
-    return {"trajectory": trajectory.name, "checkpoints": table, "problems": check(trajectory)}
+    """What `lawa inspect` shows. moved: norm of the difference to the checkpoint before, relative to the norm. Reads every byte once."""
+    opened = {}
+    for step in trajectory.steps:
+        with contextlib.suppress(LawaError):  # check lists what cannot be opened
+            opened[step] = trajectory[step]
+    norms, moves, problems, progress, done = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0), {}, Progress(), 0
+    entries = opened[max(opened)].entries if opened else {}
+    for name, start, stop in _tiles({name: entry for name, entry in entries.items() if entry.dtype in FLOATS}, TILE // 8):
+        before = None
+        for step, checkpoint in opened.items():
+            entry = checkpoint.entry(name) if name in checkpoint else None
+            if entry is None or entry.shape != entries[name].shape or entry.dtype not in FLOATS:
+                continue
+            raw = entry.read(start * itemsize(entry.dtype), stop * itemsize(entry.dtype))
+            values = _widen(raw, entry.dtype).astype(np.float64)
+            if not _finite(raw, entry.dtype):
+                problems[f"{entry.path}: {name} holds NaN or Inf"] = True
+            norms[step] += float(values @ values)
+            moves[step] += 0.0 if before is None else float((values - before) @ (values - before))
+            before, done = values, done + len(raw)
+        progress(done, max(done, sum(checkpoint.nbytes for checkpoint in opened.values())))
+    rows = [{"step": step, "bytes": checkpoint.nbytes, "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
+             "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": math.sqrt(norms[step]) if math.isfinite(norms[step]) else None,
+             "moved": math.sqrt(moves[step] / norms[step]) if 0 < norms[step] < math.inf and step > min(opened) else None}
+            for step, checkpoint in opened.items()]
+    return {"trajectory": trajectory.name, "checkpoints": rows, "problems": check(trajectory) + list(problems)}
 
 
 def _validate(command: str) -> Callable[[dict], list[float]]:
@@ -1718,32 +1897,33 @@ def _validate(command: str) -> Callable[[dict], list[float]]:
             done = subprocess.run([word.replace("{}", str(path)) for word in words], capture_output=True, text=True)
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", (done.stdout.strip().splitlines() or [""])[-1])
         if done.returncode or not numbers:
-            raise RuntimeError(f"the validation command exited with {done.returncode} and printed {(done.stderr or done.stdout).strip()[-200:]!r}")
+            raise JobFailed(f"the validation command exited with {done.returncode} and printed {(done.stderr or done.stdout).strip()[-200:]!r}")
         return [float(number) for number in numbers]
     return evaluate
 
 
 def _run(args) -> dict:
-    source = args.inputs[0] if len(args.inputs) == 1 else args.inputs
-    trajectory = open_trajectory(source, args.key)
+    trajectory = open_trajectory(args.inputs[0] if len(args.inputs) == 1 else args.inputs, args.key)
     if args.command == "inspect":
         return _inspect(trajectory)
     if args.command == "search":
         found = search(trajectory, _validate(args.run), args.at, args.budget)
         return found | {"best": str(found["best"])}
-    options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow, "like": args.like, "max_shard": int(args.max_shard * 1e9), "progress": Progress()}
-    schemes = _scheme(args)
+    schemes = _schemes(args)
+    options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow, "like": args.like, "progress": Progress(),
+               "max_shard": int(args.max_shard * 1e9)}
     if args.command == "sweep":
-        at = [step for step in trajectory.steps if step % (args.every or 1) == 0]
-        return sweep_files(trajectory, schemes, at, args.out, **options)
+        _positive(every=args.every)
+        return sweep_files(trajectory, schemes, [step for step in trajectory.steps if step % args.every == 0], args.out, **options)
     if len(schemes) > 1:
         raise LawaError(f"average writes one average, got {len(schemes)} schemes; use sweep")
-    return average_files(trajectory, {args.out: (next(iter(schemes.values())), trajectory.steps[-1] if args.at is None else args.at)}, **options)
+    scheme, = schemes.values()
+    return average_files(trajectory, {args.out: (scheme, trajectory.steps[-1] if args.at is None else args.at)}, **options)
 
 
 def _show(result: dict) -> None:
     for line in result.get("checkpoints", []):
-        moved = f"{line['moved']:.2e}" if line["moved"] is not None else "-"
+        moved = "-" if line["moved"] is None else f"{line['moved']:.2e}"
         print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} values  {','.join(line['dtypes'])}  moved {moved}")
     for line in result.get("trials", []):
         print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
@@ -1758,15 +1938,15 @@ def _show(result: dict) -> None:
 
 
 def main(argv=None) -> int:
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         result = _run(args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    except (LawaError, OSError, RuntimeError, MemoryError) as error:
+    except (LawaError, OSError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, LawaError) else 1
+        return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
     print(json.dumps(result, indent=1)) if args.json else _show(result)
     return 1 if result.get("problems") else 0
 

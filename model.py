@@ -73,8 +73,10 @@ NEOX = {"bias": True, "scale_attn_by_inverse_layer_idx": False, "gelu": "none", 
 
 # name: layers, heads, width, block size, and what is not as in the paper's GPT-2; parameters without embeddings are 12 * layers * width^2
 PRESETS = {
+    "pico": (2, 2, 32, 64),  # 0.02M
     "nano": (2, 2, 64, 64),  # 0.1M, for tests and smoke
     "micro": (2, 4, 128, 128),  # 0.4M
+    "milli": (3, 4, 192, 128),  # 1.3M
     "mini": (4, 4, 256, 128),  # 3M
     "midi": (6, 6, 384, 256),  # 11M
     "gpt2-small": (12, 12, 768, 1024),  # 85M; the paper's three sizes
@@ -491,10 +493,16 @@ def open_corpus(name) -> Corpus:
         known = DATA / str(name) / "prepare.py"
         raise LawaError(f"no corpus {str(name)!r}: expected {folder / 'meta.json'}; run " + (
             f"python {known}" if known.exists() else f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"))
-    meta = json.loads((folder / "meta.json").read_text())
-    splits = [map_tokens(folder / f"{split}.bin") for split in ("train", "val")]
-    for split, tokens in zip(("train", "val"), splits, strict=True):
-        if len(tokens) != meta[f"{split}_tokens"]:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        splits, counts = [map_tokens(folder / f"{split}.bin") for split in ("train", "val")], [meta["train_tokens"], meta["val_tokens"]]
+        missing = {"name", "vocab_size", "eot_token", "tokenizer"} - set(meta)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise error if isinstance(error, LawaError) else LawaError(f"{folder}: damaged meta.json or .bin ({error}); prepare it again") from None
+    if missing:
+        raise LawaError(f"{folder / 'meta.json'} lacks {', '.join(sorted(missing))}; prepare the corpus again")
+    for split, tokens, count in zip(("train", "val"), splits, counts, strict=True):
+        if len(tokens) != count:
             raise LawaError(f"{folder / split}.bin has {len(tokens)} tokens, meta.json says {meta[f'{split}_tokens']}; "
                             "prepare the corpus again")
     return Corpus(folder, meta, *splits)
@@ -561,6 +569,8 @@ class Config:
             raise LawaError("; ".join(wrong))
         if strange := [text for text, scheme in self.online.items() if type(scheme) not in ONLINE]:
             raise LawaError(f"averages must be lawa, ema or swa, got {strange[0]!r}")
+        if len(set(map(average_dir, self.online))) < len([text for text in self.averages.split(";") if text.strip()]):
+            raise LawaError(f"averages must be different, got {self.averages!r}")
 
     @property
     def online(self) -> dict[str, object]:
@@ -635,7 +645,18 @@ def batch(tokens: np.ndarray, config: Config, step: int, rank: int = 0, world: i
     return tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64)
 
 
+def _known(tokens: np.ndarray, corpus: Corpus) -> np.ndarray:
+    """The tokens, if the corpus's vocabulary has them all."""
+    if tokens.max() >= corpus.vocab_size:
+        raise LawaError(f"{corpus.folder} holds token {tokens.max()}, but its vocabulary has {corpus.vocab_size}; prepare the corpus again")
+    return tokens
+
+
 # ---- 5. Training --------------------------------------------------------------------------------------------------------------------
+
+class RunError(LawaError):
+    """A run that cannot go on; its last good state is kept."""
+
 
 COLUMNS = ("step", "tokens", "lr", "loss", "grad_norm")  # of metrics.csv: loss in nats per token on the training batch, before the update
 READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
@@ -654,24 +675,30 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
         keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
         progress: called with (step, max_iters, loss)
-    Errors: LawaError for a bad configuration, a missing corpus, a loss that is not finite, a full disk; the last good state is kept.
-    Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
+    Errors: LawaError for a bad configuration or a missing corpus; RunError for a loss that is not finite or a full disk, the last good state
+    is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
     """
     with _ranks(device) as (rank, world, device):
         config, corpus = config.resolved(device), open_corpus(config.corpus)
         folder = Path(out_dir) if out_dir else run_dir(config)
         share = config.batch_size * config.accumulation / world
-        if share % min(config.batch_size, share):
+        if share % min(config.batch_size, max(int(share), 1)):
             raise LawaError(f"batch_size x accumulation = {config.batch_size} x {config.accumulation} cannot be cut in {world} equal ranks")
-        if len(corpus.train) <= config.block_size:
-            raise LawaError(f"{corpus.name} has {len(corpus.train)} training tokens; expected more than one block of {config.block_size}")
+        for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
+            if len(tokens) <= config.block_size and (split == "training" or eval_interval):
+                raise LawaError(f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one block of {config.block_size}")
+        for name, value, least in (("threads", threads, 1), ("eval_interval", eval_interval, 0), ("state_seconds", state_seconds, 0)):
+            if value is not None and not value >= least:
+                raise LawaError(f"{name} must be at least {least}, got {value}")
         written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
         if rank == 0:
-            _claim(folder, config)
+            _claim(folder, config, corpus)
         with _locked(folder) if rank == 0 else contextlib.nullcontext():
             if world > 1:
                 torch.distributed.barrier()  # the folder is claimed before the others look at it
             if not (folder / "summary.json").exists():
+                for part in folder.rglob(".*.part") if rank == 0 else ():
+                    part.unlink()  # what a killed process was writing
                 compile = device.type == "cuda" if compile is None else compile
                 _Run(config, corpus, folder, device, threads, compile, rank, world, written).go(eval_interval, state_seconds, progress)
     return folder
@@ -705,9 +732,9 @@ def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set
     raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of {size:,} bytes, got {disk_budget:,.0f}")
 
 
-def _claim(folder: Path, config: Config) -> None:
+def _claim(folder: Path, config: Config, corpus: Corpus) -> None:
     """Write config.json, or refuse a folder of another run."""
-    described = dataclasses.asdict(config) | {"tokens_per_step": config.tokens_per_step}
+    described = dataclasses.asdict(config) | {"tokens_per_step": config.tokens_per_step, "corpus_fingerprint": corpus.fingerprint}
     if (folder / "config.json").exists():
         found = json.loads((folder / "config.json").read_text())
         changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found
@@ -808,7 +835,7 @@ class _Run:
         self.writer.start(lambda: [lawa_core.save(path, state) for path, state in states.items()])
 
     def _batch(self, step: int) -> torch.Tensor:
-        tokens = torch.from_numpy(batch(self.corpus.train, self.config, step, self.rank, self.world))
+        tokens = torch.from_numpy(_known(batch(self.corpus.train, self.config, step, self.rank, self.world), self.corpus))
         return tokens.pin_memory() if self.device.type == "cuda" else tokens
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -848,7 +875,7 @@ class _Run:
                     self._look(caught, eval_interval, state_seconds, progress)
                 self.writer.wait()
             except OSError as error:
-                raise LawaError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
+                raise RunError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
                                 "last state") from None
             finally:
                 self.loader.close()
@@ -864,12 +891,17 @@ class _Run:
             stop = self._flush(bool(caught), progress)
             if self.rank == 0 and at_checkpoint and self.done in self.written:
                 self.save_checkpoint()
+            self._validate(eval_interval)
             if self.rank == 0 and (stop or (at_checkpoint and time.monotonic() - self.saved >= state_seconds)):
                 self.save_state()
                 self.saved = time.monotonic()
             if stop:
                 self.writer.wait()
                 raise KeyboardInterrupt if caught == [signal.SIGINT] else SystemExit(128 + signal.SIGTERM)
+        else:
+            self._validate(eval_interval)
+
+    def _validate(self, eval_interval: int) -> None:
         if self.rank == 0 and eval_interval and self.done % eval_interval == 0:
             self.val.write([(self.done, float(evaluate(self.model, self.corpus).mean()))])
 
@@ -885,8 +917,8 @@ class _Run:
         self.pending.clear()
         for step, _, lr, loss, norm in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise LawaError(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step} (learning rate {lr:.2e}); "
-                                "lower the rate; the checkpoints and the state before are kept")
+                raise RunError(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate {lr:.2e}; lower --lr "
+                               f"{self.config.lr:g}; the checkpoints and the state before are kept")
         self.metrics.write(rows)
         if progress and rows and self.rank == 0:
             progress(self.done, self.config.max_iters, rows[-1][3])
@@ -1027,7 +1059,7 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
     if n_blocks < 1:
         raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than {block}, and n_blocks of at least 1")
     starts = np.linspace(0, len(corpus.val) - block - 1, n_blocks).astype(np.int64)
-    tokens = torch.from_numpy(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64))
+    tokens = torch.from_numpy(_known(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64), corpus))
     half = torch.float16 if next(model.parameters()).dtype == torch.float16 else torch.bfloat16
     model.eval()
     losses = []
@@ -1051,12 +1083,10 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     standard error over blocks, bpb in bits per byte of text, gain = run minus average on the same blocks (positive is good). The run itself
     is the scheme "run".
     """
-    device, trajectory = pick_device(device), lawa_core.open_trajectory(run)
+    device = pick_device(device)
     if model is None:
-        config = json.loads((Path(run) / "config.json").read_text())
-        corpus = open_corpus(config["corpus"])
-        model = GPT(preset(config["preset"], corpus.vocab_size))
-    folder = Path(run) if isinstance(run, (str, os.PathLike)) and Path(run).is_dir() else None
+        model, corpus = _of_run(run)
+    trajectory, folder = lawa_core.open_trajectory(run), Path(run) if isinstance(run, (str, os.PathLike)) and Path(run).is_dir() else None
     schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
     cache = _Cache(folder and folder / "eval.csv", n_blocks)
     missing = [step for step in at if any(cache.get(step, scheme) is None for scheme in schemes.values())]
@@ -1131,6 +1161,15 @@ def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, 
     found = [(step, label, done.get(step, scheme)) for step in at for label, scheme in schemes.items()]
     return [{"run": trajectory.name, "step": step, "scheme": label, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
             for step, label, values in found]
+
+
+def _of_run(run) -> tuple[GPT, Corpus]:
+    """(a model of a run's shape, its corpus)."""
+    if not (Path(run) / "config.json").exists():
+        raise LawaError(f"{run} is no run folder: expected {Path(run) / 'config.json'}, as `model.py train` writes it")
+    config = json.loads((Path(run) / "config.json").read_text())
+    corpus = open_corpus(config["corpus"])
+    return GPT(preset(config["preset"], corpus.vocab_size)), corpus
 
 
 def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterator[tuple[int, str, dict]]:
@@ -1304,10 +1343,10 @@ def _duration(seconds: float) -> str:
 @torch.inference_mode()
 def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
     """`tokens` tokens of text after `prompt`, from a run's checkpoint at `at` (default the newest) or from an average there."""
-    config = json.loads((Path(run) / "config.json").read_text())
-    corpus = open_corpus(config["corpus"])
+    model, corpus = _of_run(run)
     tokenizer, generator = corpus.tokenizer(), torch.Generator().manual_seed(seed)
-    model = GPT(preset(config["preset"], corpus.vocab_size))
+    if tokens < 0 or not tokenizer.encode_ordinary(prompt):
+        raise LawaError(f"expected tokens of at least 0 and a prompt that is not empty, got {tokens} and {prompt!r}")
     model.load_state_dict(lawa_core.average(run, scheme or lawa_core.newest(), at))
     idx = torch.tensor([tokenizer.encode_ordinary(prompt)])
     for _ in range(tokens):
@@ -1391,7 +1430,7 @@ def main(argv=None) -> int:
         raise
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, LawaError) else 1
+        return 2 if isinstance(error, LawaError) and not isinstance(error, RunError) else 1
     return 0
 
 

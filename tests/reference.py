@@ -97,7 +97,9 @@ def wide(tensor):
 
 
 def weighted_sum(tensors, weights):
-    """sum_i w_i * x_i in long double, term by term."""
+    """sum_i w_i * x_i in long double, term by term; equal weights as a sum and one division, since 1/5 is no long double either."""
+    if isinstance(weights[0], Fraction) and weights == [Fraction(1, len(tensors))] * len(tensors):
+        return weighted_sum(tensors, [1] * len(tensors)) / len(tensors)
     total = np.zeros(tuple(tensors[0].shape), np.longdouble)
     for tensor, weight in zip(tensors, weights, strict=True):
         w = np.longdouble(weight.numerator) / np.longdouble(weight.denominator) if isinstance(weight, Fraction) else weight

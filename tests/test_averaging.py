@@ -578,7 +578,8 @@ def child(code, *flags):
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "shards", "transposed pt", "dcp"])
 def test_memory_does_not_grow_with_the_model(kind, tmp_path):
-    """Inputs of 5 x 48 MB in tensors of 16 MB. The torch formats may hold one tensor of each checkpoint, no more."""
+    """Inputs of 5 x 48 MB in tensors of 16 MB. Only distributed checkpoints, put together from pieces, may hold one tensor each
+    (and two more in the holes of the allocator)."""
     base = {n: torch.randn(4, 1 << 20, generator=torch.Generator().manual_seed(i)) for i, n in enumerate("abc")}
 
     def make(s):
@@ -593,7 +594,7 @@ import lawa_core
 trajectory = lawa_core.open_trajectory({str(folder)!r})
 print(measured(lambda: lawa_core.average_files(trajectory, {{{str(out)!r}: (lawa_core.lawa(5), 4)}}, threads=1))[0])
 """, "-W", "ignore")
-    assert float(peak) < (24 if kind in ("safetensors", "pt", "shards") else 24 + 5 * 16)
+    assert float(peak) < {"transposed pt": 40, "dcp": 24 + 7 * 16}.get(kind, 24)
     got = ref.read_safetensors(out)[0]["b"]
     got = got.t() if kind == "transposed pt" else got
     assert got[3, 1000:1010].tolist() == base["b"][3, 1000:1010].tolist()

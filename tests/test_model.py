@@ -221,7 +221,7 @@ def until(happened, seconds=60):
 @pytest.fixture(scope="module")
 def long(config):
     """Accumulation, clipping, two online averages and validation: all that a resume has to bring back."""
-    return changed(config, max_iters=36, batch_size=2, accumulation=2, ckpt_interval=3, grad_clip=0.5, ema="0.5,0.9")
+    return changed(config, max_iters=36, batch_size=2, accumulation=2, ckpt_interval=3, grad_clip=0.5, averages="ema(0.5); ema(0.9)")
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +476,7 @@ def test_evaluation_does_not_change_training(config, run, tmp_path):
         assert [row["step"] for row in rows(other, "val.csv")] == list(range(interval, 13, interval))
 
 
-BESIDE = {"checkpoints": ({"ckpt_interval": 3}, {}), "averages": ({"ema": "0.5"}, {}), "resume states": ({}, {"state_seconds": 0}),
+BESIDE = {"checkpoints": ({"ckpt_interval": 3}, {}), "averages": ({"averages": "ema(0.5)"}, {}), "resume states": ({}, {"state_seconds": 0}),
           "progress": ({}, {"progress": lambda *_: None})}
 
 
@@ -503,7 +503,7 @@ def test_ema_trajectories(config, tmp_path):
     """Each beta leaves a trajectory of its own; it is the EMA of every step, also between checkpoints."""
     betas = ["0.5", "0.9"]
     every = train(changed(config, ckpt_interval=1), tmp_path / "every")
-    run = train(changed(config, ckpt_interval=4, ema=",".join(betas)), tmp_path / "run")
+    run = train(changed(config, ckpt_interval=4, averages="; ".join(f"ema({beta})" for beta in betas)), tmp_path / "run")
     steps = list(range(1, 13))
     states = {step: weights(every, step) for step in steps}
     for beta in betas:
@@ -564,7 +564,7 @@ def test_batches_are_contiguous_and_reach_both_ends(config):
 
 # ---- run folders and refusals -------------------------------------------------------------------------------------------------------
 
-OTHER_TEXT = {"preset": "micro", "schedule": "wsd", "ema": "0.9", "dtype": "bf16"}  # another legal value of each text field
+OTHER_TEXT = {"preset": "micro", "schedule": "wsd", "averages": "ema(0.9)", "dtype": "bf16"}  # another legal value of each text field
 
 
 def other_value(field, value):
@@ -592,9 +592,95 @@ def test_same_corpus_elsewhere_is_the_same_run(config, corpus, tmp_path):
 
 
 def test_any_other_field_is_another_folder(config, tmp_path):
-    fields = {name: other_value(name, value) for name, value in dataclasses.asdict(config).items() if name != "corpus"}
+    fields = {name: other_value(name, value) for name, value in dataclasses.asdict(config).items() if name not in ("corpus", "init_from", "init_step")}
     folders = {name: run_dir(changed(config, **{name: value}), tmp_path) for name, value in fields.items()}
     assert len({run_dir(config, tmp_path), *folders.values()}) == len(folders) + 1
+
+
+def test_a_start_from_weights_is_named_by_their_content(config, run, tmp_path):
+    copied = shutil.copy(run / "ckpt_4.safetensors", tmp_path / "average.safetensors")
+    starts = [changed(config, init_from=str(path), init_step=step) for path, step in
+              ((run / "ckpt_4.safetensors", 4), (copied, 4), (run / "ckpt_4.safetensors", 5), (run / "ckpt_6.safetensors", 4))]
+    folders = [run_dir(start, tmp_path) for start in starts]
+    assert folders[0] == folders[1] and len({*folders, run_dir(config, tmp_path)}) == 4
+
+
+def test_start_from_weights(config, run, tmp_path):
+    """It begins with those weights, at that step of schedule and batches, with a fresh optimizer."""
+    start = train(changed(config, init_from=str(run / "ckpt_4.safetensors"), init_step=4, max_iters=6), tmp_path / "start")
+    assert [row["step"] for row in rows(start)] == [5, 6]
+    assert rows(start)[0]["loss"] == rows(run)[4]["loss"] and rows(start)[0]["lr"] != 0
+    assert sorted(path.name for path in start.glob("ckpt_*")) == ["ckpt_6.safetensors"]
+
+
+def test_burst(config, run, tmp_path):
+    """Only the rate of the burst's steps differs; before it, so do no bits."""
+    burst = changed(config, burst_at=6, burst_iters=2, burst_factor=10.0)
+    ratios = [learning_rate(burst, step) / learning_rate(config, step) for step in range(config.max_iters)]
+    assert ratios == pytest.approx([10 if 6 <= step < 8 else 1 for step in range(config.max_iters)])
+    folder = train(burst, tmp_path / "burst")
+    assert checkpoints(folder)["ckpt_6.safetensors"] == checkpoints(run)["ckpt_6.safetensors"]
+    assert checkpoints(folder)["ckpt_8.safetensors"] != checkpoints(run)["ckpt_8.safetensors"]
+
+
+def test_held_rate(config):
+    """Cosine until the share hold_frac of the steps, then the rate it had there: what SWA asks for."""
+    held = changed(config, hold_frac=0.75)
+    assert [learning_rate(held, step) for step in range(9)] == [learning_rate(config, step) for step in range(9)]
+    assert {learning_rate(held, step) for step in range(9, 12)} == {learning_rate(config, 9)}
+
+
+def test_online_averages_are_trajectories(config, run, tmp_path):
+    """Each average kept while training equals the offline scheme over checkpoints of every step."""
+    texts = {"ema(0.5)": "ema-0.5", "swa(start=4, every=2)": "swa-start=4-every=2", "lawa(3, 1)": "lawa-3-1"}
+    folder = train(changed(config, ckpt_interval=1, averages="; ".join(texts)), tmp_path / "run")
+    assert checkpoints(folder)["ckpt_12.safetensors"] == checkpoints(run)["ckpt_12.safetensors"]
+    for text, name in texts.items():
+        offline = model.lawa_core.average(folder, model.lawa_core.parse_scheme(text), 12)
+        online = weights(folder / name, 12)
+        for tensor in offline:
+            torch.testing.assert_close(online[tensor], offline[tensor], rtol=1e-5, atol=1e-7)
+    assert not (folder / "swa-start=4-every=2" / "ckpt_3.safetensors").exists()
+    rows = evaluate_trajectory(folder, {"kept": "lawa(3, 1)", "after": lawa(3, 1)}, [12], n_blocks=4)
+    assert rows[1]["loss"] == pytest.approx(rows[2]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("budget, kept", [(math.inf, 6), (4, 4), (2, 2), (1, 1)])
+def test_disk_budget(budget, kept, config, tmp_path):
+    """Checkpoints are thinned out evenly; the last is always there."""
+    size = model.checkpoint_bytes(config, 257)
+    steps = model.kept_steps(config, 257, None, budget * size)
+    assert len(steps) <= kept and 12 in steps and steps <= set(config.checkpoint_steps)
+    folder = train(config, tmp_path / "run", disk_budget=budget * size)
+    assert {int(path.stem[5:]) for path in folder.glob("ckpt_*")} == steps
+
+
+def test_disk_budget_keeps_whole_windows(config):
+    size = model.checkpoint_bytes(config, 257)
+    steps = model.kept_steps(config, 257, lawa(2, 2), 4 * size)
+    assert steps >= {10, 12} and len(steps) <= 4
+    with pytest.raises(LawaError, match="2 checkpoints"):
+        model.kept_steps(config, 257, lawa(2, 2), size)
+
+
+def test_two_ranks_are_one_run(config, tmp_path):
+    """torchrun with two processes: the same batches, losses and weights within fp32 noise; and the same bits when it is run again."""
+    folders = [train(config, tmp_path / "one"), tmp_path / "two", tmp_path / "again"]
+    for port, folder in enumerate(folders[1:], 29511):
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(ROOT / "model.py"), "train",
+                *map(str, flags(config, folder))]
+        done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert column(folders[1], "loss") == pytest.approx(column(folders[0], "loss"), abs=2e-5)
+    assert_near(weights(folders[1], 12), weights(folders[0], 12), ref.read_safetensors(folders[0] / "ckpt_2.safetensors")[0], 2e-3)
+    assert_same_run(folders[2], folders[1])
+
+
+def test_batches_too_few_for_the_ranks(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "_ranks", lambda device: model.contextlib.nullcontext((0, 3, torch.device("cpu"))))
+    with pytest.raises(LawaError, match="3 equal ranks"):
+        train(config, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("meta", [{"manifest_sha256": "0" * 64}, {"vocab_size": 300}, {"val_fraction": 0.2}, {"seed": 5}])
@@ -695,9 +781,13 @@ BAD = {  # flags that replace good ones, and words of the one line that answers
     "negative beta2": ({"beta2": -0.5}, "beta2 -0.5"),
     "negative clipping": ({"grad_clip": -1}, "grad_clip -1"),
     "negative seed": ({"seed": -1}, "seed -1"),
-    "ema beta of 1": ({"ema": "1"}, "beta 1"),
-    "ema is no number": ({"ema": "0.9,fast"}, "ema fast"),
-    "ema twice": ({"ema": "0.9,0.9"}, "ema 0.9"),
+    "ema beta of 1": ({"averages": "ema(1)"}, "beta 1"),
+    "no such average": ({"averages": "ema(0.9); fast"}, "fast"),
+    "an average that only looks back": ({"averages": "decay(100)"}, "averages decay"),
+    "average twice": ({"averages": "ema(0.9); ema(0.9)"}, "averages ema(0.9)"),
+    "burst backwards": ({"burst_iters": -1}, "burst_iters -1"),
+    "burst of no rate": ({"burst_factor": 0}, "burst_factor 0"),
+    "start without weights": ({"init_step": 3}, "init_step init_from"),
     "no threads": ({"threads": 0}, "threads 0"),
     "evaluation interval": ({"eval_interval": -1}, "eval_interval -1"),
     "two at once": ({"lr": -1, "batch_size": 0}, "lr batch_size"),
@@ -1172,7 +1262,7 @@ def test_every_scale_is_consistent(name, command):
     assert config.warmup_iters + (values["k"] - 1) * values["spacing"] < config.max_iters  # a full window past the warm-up
     status, out, err = command("plan", "--scale", name)
     assert (status, err) == (0, "")
-    assert all(word in out for word in ("parameters", "tokens", "FLOP", "hours"))
+    assert all(word in out for word in ("parameters", "tokens", "FLOP", "time:", "disk:", "memory:"))
 
 
 def test_plan_follows_the_flags(command):

@@ -276,12 +276,12 @@ def test_one_copy_is_fetched_the_next_meanwhile_and_the_disk_is_bounded(hub, tmp
         following = STEPS.index(step) + 1
         if name == "run" and following < len(STEPS):
             trajectory.pending[STEPS[following]].result(timeout=30)  # under way before anyone asked
-        most = max(most, sum(trajectory.nbytes(s) for s in STEPS if trajectory.paths[s].exists()))
+        most = max(most, sum(trajectory.nbytes(s) for s in STEPS if trajectory.sources[s].exists()))
     assert weights_sent(hub) == sum(sum(file.size for name, file in files.items() if not name.endswith(".json"))
                                     for _, files in trajectory.revisions.values())
     assert plan["fetch_bytes"] == trajectory.fetched == sum(map(trajectory.nbytes, STEPS)) and plan["revisions"] == 5
     assert plan["hours"] == plan["fetch_bytes"] / 1e6 / 3600
-    assert most <= plan["disk_bytes"] and not any(path.exists() for path in trajectory.paths.values())
+    assert most <= plan["disk_bytes"] and not any(path.exists() for path in trajectory.sources.values())
     held = 4 if on_disk else 2  # k + 1 copies, or the one being read and the next
     assert plan["disk_bytes"] <= held * max(map(trajectory.nbytes, STEPS))
     assert not open_deleted(tmp_path)  # they would keep the disk full
@@ -506,7 +506,7 @@ def corpus(tmp_path):
     for split, seed in (("train", 0), ("val", 1)):
         np.random.default_rng(seed).integers(0, CONFIG.vocab_size, 999).astype("<u2").tofile(folder / f"{split}.bin")
     (folder / "meta.json").write_text(json.dumps({"name": "noise", "vocab_size": CONFIG.vocab_size, "train_tokens": 999, "val_tokens": 999,
-                                                  "val_bytes": 2997}))
+                                                  "val_bytes": 2997, "eot_token": 0, "tokenizer": "tokenizer.json"}))
     return model.open_corpus(folder)
 
 
