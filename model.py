@@ -1,8 +1,8 @@
-"""The nanoGPT: a GPT-2 that trains on one machine and leaves a trajectory of checkpoints behind.
+"""The nanoGPT: a GPT-2 (or, by configuration, a GPT-NeoX) that trains on one machine and leaves a trajectory of checkpoints behind.
 
 The sections follow the data: the model, Hugging Face folders, corpora, a run's configuration, training, evaluation, scales, text,
-command line. Losses are nats per token. The architecture and its names are GPT-2's (Radford et al. 2019); the recipe is the one of the LAWA paper
-(arXiv 2306.03241): pre-norm, tied embeddings, no biases, attention scores also divided by the layer's number.
+command line. Losses are nats per token. The architecture and its names are GPT-2's (Radford et al. 2019); the recipe is the one of the
+LAWA paper (arXiv 2306.03241): pre-norm, tied embeddings, no biases, attention scores also divided by the layer's number.
 """
 from __future__ import annotations
 
@@ -52,13 +52,27 @@ class GPTConfig:
     bias: bool = False  # in linear layers and layer norms; OpenAI's GPT-2 has them, the paper's models do not
     scale_attn_by_inverse_layer_idx: bool = True  # attention scores divided by (layer index + 1), as in the paper's code
     gelu: str = "tanh"  # "tanh" is GPT-2's approximation, "none" the exact function
+    # What GPT-NeoX (Black et al. 2022) does differently:
+    rotary: float = 0.0  # share of each head's width turned by the token's position; 0: learned position embeddings
+    parallel: bool = False  # attention and MLP both read the block's input, instead of the MLP reading attention's output
+    tied: bool = True  # the embedding is also the output layer
+    eps: float = 1e-5  # of the layer norms
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise LawaError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if not 0 <= self.rotary <= 1 or self.rotary_width % 2:
+            raise LawaError(f"rotary must turn an even part of a head's width {self.n_embd // self.n_head}, got {self.rotary}")
+
+    @property
+    def rotary_width(self) -> int:
+        return int(self.n_embd // self.n_head * self.rotary)
 
 
-PRESETS = {  # name: layers, heads, width, block size; parameters without embeddings are 12 * layers * width^2
+NEOX = {"bias": True, "scale_attn_by_inverse_layer_idx": False, "gelu": "none", "rotary": 0.25, "parallel": True, "tied": False}
+
+# name: layers, heads, width, block size, and what is not as in the paper's GPT-2; parameters without embeddings are 12 * layers * width^2
+PRESETS = {
     "pico": (2, 2, 32, 64),  # 0.02M
     "nano": (2, 2, 64, 64),  # 0.1M, for tests and smoke
     "micro": (2, 4, 128, 128),  # 0.4M
@@ -68,25 +82,55 @@ PRESETS = {  # name: layers, heads, width, block size; parameters without embedd
     "gpt2-small": (12, 12, 768, 1024),  # 85M; the paper's three sizes
     "gpt2-medium": (24, 16, 1024, 1024),  # 302M
     "gpt2-large": (36, 20, 1280, 1024),  # 708M
+    "neox-nano": (2, 4, 96, 128, NEOX),  # 0.2M, for replays without the Hub
+    "pythia-70m": (6, 8, 512, 2048, NEOX),  # 19M; each also as -deduped: same shape, other data (arXiv 2304.01373)
+    "pythia-160m": (12, 12, 768, 2048, NEOX),  # 85M
+    "pythia-410m": (24, 16, 1024, 2048, NEOX),  # 302M
+    "pythia-1b": (16, 8, 2048, 2048, NEOX),  # 805M
+    "pythia-1.4b": (24, 16, 2048, 2048, NEOX),  # 1.2G
+    "pythia-2.8b": (32, 32, 2560, 2048, NEOX),  # 2.5G
+    "pythia-6.9b": (32, 32, 4096, 2048, NEOX),  # 6.4G
+    "pythia-12b": (36, 40, 5120, 2048, NEOX),  # 11.3G
 }
+PADDED = {"pythia-6.9b": 256, "pythia-12b": 512}  # vocabularies padded to a multiple: of 128 times the devices a layer was split over
 
 
 def preset(name: str, vocab_size: int) -> GPTConfig:
     """The architecture of that name for a vocabulary (padded to a multiple of 64, which matrix units like)."""
+    name = name.removesuffix("-deduped")
     if name not in PRESETS:
         raise LawaError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    n_layer, n_head, n_embd, block_size = PRESETS[name]
-    return GPTConfig(n_layer, n_head, n_embd, block_size, -(-vocab_size // 64) * 64)
+    n_layer, n_head, n_embd, block_size, *other = PRESETS[name]
+    multiple = PADDED.get(name, 64)
+    return GPTConfig(n_layer, n_head, n_embd, block_size, -(-vocab_size // multiple) * multiple, **(other[0] if other else {}))
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, width: int, bias: bool):
+    def __init__(self, c: GPTConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.weight = nn.Parameter(torch.ones(c.n_embd))
+        self.bias = nn.Parameter(torch.zeros(c.n_embd)) if c.bias else None
+        self.eps = c.eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+ROTARY_BASE = 10_000  # of the wavelengths, as in Su et al. (arXiv 2104.09864)
+
+
+def rotary_table(T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, each (T, width), of position times frequency; float32."""
+    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.outer(torch.arange(T, device=device), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the first `width` values of each head, as width / 2 pairs (i, i + width / 2), by the token's position. x: (B, nh, T, hs)."""
+    turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    a, b = turned.chunk(2, -1)
+    return torch.cat(((turned * cos + torch.cat((-b, a), -1) * sin).type_as(x), kept), -1)
 
 
 class Attention(nn.Module):
@@ -97,9 +141,11 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.scale = (c.n_embd // c.n_head) ** -0.5 / (layer + 1 if c.scale_attn_by_inverse_layer_idx else 1)
 
-    def forward(self, x):
+    def forward(self, x, rotary=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -118,24 +164,29 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1, self.attn = LayerNorm(c.n_embd, c.bias), Attention(c, layer)
-        self.ln_2, self.mlp = LayerNorm(c.n_embd, c.bias), MLP(c)
+        self.ln_1, self.attn = LayerNorm(c), Attention(c, layer)
+        self.ln_2, self.mlp = LayerNorm(c), MLP(c)
+        self.parallel = c.parallel
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, rotary=None):
+        y = x + self.attn(self.ln_1(x), rotary)
+        return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
 class GPT(nn.Module):
-    """GPT-2. `GPT(config, seed)` draws its weights from a generator of its own: normal(0, 0.02), residual projections / sqrt(2 n_layer)."""
+    """GPT-2, or GPT-NeoX by configuration.
+
+    `GPT(config, seed)` draws its weights from a generator of its own: normal(0, 0.02), residual projections / sqrt(2 n_layer).
+    """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer: tied
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.ln_f = LayerNorm(config)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -143,23 +194,46 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, reduction: str = "mean"):
-        """idx, targets: (B, T) int64. Returns (logits (B, T, vocab), loss in nats: a scalar, or (B, T) for reduction "none"; None without targets)."""
+    @property
+    def head(self) -> torch.Tensor:
+        """The output layer's weights, (vocab, C)."""
+        return (self.lm_head or self.wte).weight
+
+    def hidden(self, idx):
+        """idx: (B, T) int64. Returns what the output layer reads, (B, T, C)."""
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise LawaError(f"sequences have at most block_size = {self.config.block_size} tokens, got {T}")
-        x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C)
+        x, rotary = self.wte(idx), None  # (B, T, C)
+        if self.config.rotary:
+            rotary = rotary_table(T, self.config.rotary_width, idx.device)
+        else:
+            x = x + self.wpe.weight[:T]
         for block in self.h:
-            x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
+            x = block(x, rotary)
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None, reduction: str = "mean"):
+        """idx, targets: (B, T) int64. Returns (logits (B, T, vocab), loss in nats; None without targets).
+
+        The loss is a scalar, or (B, T) for reduction "none".
+        """
+        logits = F.linear(self.hidden(idx), self.head)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return logits, loss.view_as(targets) if reduction == "none" else loss
 
+    def losses(self, idx, targets, memory: int = 1 << 26):
+        """Losses in nats per token, (B, T), with no more than about `memory` bytes of logits at a time; for evaluation."""
+        x, rows = self.hidden(idx).flatten(0, 1), max(memory // (4 * self.config.vocab_size), 1)
+        parts = [F.cross_entropy(F.linear(part, self.head).float(), answers, reduction="none")
+                 for part, answers in zip(x.split(rows), targets.flatten().split(rows), strict=True)]
+        return torch.cat(parts).view_as(targets)
+
     def size(self) -> int:
-        """Parameters, position embeddings left out (nanoGPT's count)."""
-        return sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
+        """Parameters, learned position embeddings left out (nanoGPT's count)."""
+        return sum(p.numel() for name, p in self.named_parameters() if name != "wpe.weight")
 
 
 # ---- 2. Hugging Face folders --------------------------------------------------------------------------------------------------------
@@ -168,38 +242,135 @@ GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 keeps (in, out), torch's Linear (out, in)
 
 
-def load_hf(folder) -> GPT:
-    """A GPT from a Hugging Face GPT-2 folder (safetensors or .bin, sharded or not); float32, logits as `transformers` gives them."""
+@dataclass(frozen=True)
+class Dialect:
+    """How Hugging Face writes one architecture; the dictionaries go from our names to theirs."""
+    class_name: str
+    fields: dict  # of config.json
+    implied: dict  # our fields that this architecture fixes
+    needed: dict  # fields of config.json that must have this value
+    parts: dict  # of tensors' names
+
+
+DIALECTS = {  # by config.json's model_type
+    "gpt2": Dialect(
+        "GPT2LMHeadModel",
+        {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions", "vocab_size": "vocab_size",
+         "gelu": "activation_function", "eps": "layer_norm_epsilon", "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx"},
+        {"rotary": 0.0, "parallel": False, "tied": True}, {"tie_word_embeddings": True},
+        {"wte": "transformer.wte", "wpe": "transformer.wpe", "h": "transformer.h", "ln_f": "transformer.ln_f"}),
+    "gpt_neox": Dialect(
+        "GPTNeoXForCausalLM",
+        {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size", "vocab_size": "vocab_size",
+         "block_size": "max_position_embeddings", "gelu": "hidden_act", "eps": "layer_norm_eps", "rotary": "rotary_pct",
+         "parallel": "use_parallel_residual"},
+        {"scale_attn_by_inverse_layer_idx": False, "tied": False},
+        {"tie_word_embeddings": False, "attention_bias": True, "rotary_emb_base": ROTARY_BASE},
+        {"wte": "gpt_neox.embed_in", "h": "gpt_neox.layers", "ln_f": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
+         "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_attn": "attention.query_key_value",
+         "attn.c_proj": "attention.dense", "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"}),
+}
+
+
+def dialect(config: GPTConfig) -> str:
+    """Hugging Face's model_type for a configuration; LawaError if it has none."""
+    kind = "gpt_neox" if config.rotary else "gpt2"
+    odd = [f"{name} = {getattr(config, name)}" for name, value in DIALECTS[kind].implied.items() if getattr(config, name) != value]
+    if odd:
+        raise LawaError(f"Hugging Face has no {kind} with {', '.join(odd)}; such a model cannot be written as a folder")
+    return kind
+
+
+def hf_name(name: str, kind: str) -> str:
+    """Hugging Face's name of one of our tensors."""
+    for ours, theirs in DIALECTS[kind].parts.items():
+        name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", name)
+    return name
+
+
+def _relaid(tensor, name: str, config: GPTConfig, outward: bool):
+    """One of our tensors laid out as Hugging Face's (outward) or back; a view where it can be one."""
+    if not config.rotary:
+        return tensor.T if name.endswith(TRANSPOSED) else tensor
+    if ".c_attn." not in name:
+        return tensor
+    # Our rows: all queries, all keys, all values; GPT-NeoX's: query, key and value of each head in turn.
+    rows = (3, config.n_head) if outward else (config.n_head, 3)
+    return tensor.unflatten(0, (*rows, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def hf_config(folder) -> GPTConfig:
+    """The configuration of a Hugging Face GPT-2 or GPT-NeoX folder; LawaError for any other."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise LawaError(f"{folder} has no config.json; expected a Hugging Face GPT-2 folder")
+        raise LawaError(f"{folder} has no config.json; expected a Hugging Face GPT-2 or GPT-NeoX folder")
     hf = json.loads((folder / "config.json").read_text())
-    if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") not in GELUS:
-        raise LawaError(f"{folder} holds a {hf.get('model_type')} with {hf.get('activation_function')}; expected gpt2 with one of {', '.join(GELUS)}")
-    config = GPTConfig(hf["n_layer"], hf["n_head"], hf["n_embd"], hf["n_positions"], hf["vocab_size"], bias=True,
-                       scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False), gelu=GELUS[hf.get("activation_function", "gelu_new")])
-    model = GPT(config)
-    checkpoint = lawa_core.open_checkpoint(folder)
-    found = {name.removeprefix("transformer."): name for name in checkpoint}
-    state = {name: checkpoint[found[name]].float() for name in model.state_dict() if name in found}
-    model.load_state_dict({name: tensor.T if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()})
+    kind, rope = hf.get("model_type"), hf.get("rope_parameters") or {}  # transformers 5 writes the rotary fields in there
+    if kind not in DIALECTS:
+        raise LawaError(f"{folder} holds a {kind}; expected one of {', '.join(DIALECTS)}")
+    hf = {"rotary_pct": rope.get("partial_rotary_factor", 0.25), "rotary_emb_base": rope.get("rope_theta", ROTARY_BASE)} | hf
+    known = {ours: hf[theirs] for ours, theirs in DIALECTS[kind].fields.items() if theirs in hf}
+    width = 4 * known["n_embd"]
+    needed = DIALECTS[kind].needed | {"intermediate_size": width, "n_inner": width}  # absent or null: 4 times the width
+    odd = [f"{name} is {hf[name]}, expected {value}" for name, value in needed.items() if hf.get(name) not in (None, value)]
+    if known.setdefault("gelu", "gelu_new" if kind == "gpt2" else "gelu") not in GELUS:
+        odd.append(f"activation {known['gelu']}, expected one of {', '.join(GELUS)}")
+    if odd:
+        raise LawaError(f"{folder / 'config.json'}: {'; '.join(odd)}")
+    known["gelu"] = GELUS[known["gelu"]]
+    return GPTConfig(**{"scale_attn_by_inverse_layer_idx": False, "bias": True} | DIALECTS[kind].implied | known)
+
+
+@torch.no_grad()
+def fill(model: GPT, tensors) -> GPT:
+    """Copy {Hugging Face's name: tensor} into the model, one at a time, from any float type and device. Other tensors are passed over."""
+    kind = dialect(model.config)
+    for name, parameter in model.named_parameters():
+        theirs = hf_name(name, kind)
+        if theirs not in tensors:  # saved without its output layer, as a bare backbone
+            theirs = theirs.removeprefix("transformer.").removeprefix("gpt_neox.")
+        tensor = _relaid(tensors[theirs], name, model.config, outward=False) if theirs in tensors else None
+        if tensor is None or tensor.shape != parameter.shape:
+            found = "is not there" if tensor is None else f"has shape {list(tensor.shape)}"
+            raise LawaError(f"{theirs} {found}; expected {list(parameter.shape)} by its config.json")
+        parameter.copy_(tensor)
     return model
+
+
+def load_hf(folder) -> GPT:
+    """A GPT, float32, from a Hugging Face GPT-2 or GPT-NeoX folder (safetensors or .bin, sharded or not); logits as in `transformers`."""
+    return fill(blank(hf_config(folder)), lawa_core.open_checkpoint(folder))
+
+
+def blank(config: GPTConfig, device="cpu", dtype=torch.float32) -> GPT:
+    """A GPT whose weights are not set, made on the device itself: for `fill`."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype).to_empty(device=device).eval()
 
 
 def save_hf(folder, config: GPTConfig, state) -> None:
     """Write {name: tensor} of a GPT (a run's weights, or an average of them) as a folder that `transformers` loads."""
-    tensors = {f"transformer.{name}": (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous() for name, tensor in state.items()}
-    for name, tensor in list(tensors.items()) if not config.bias else []:  # Hugging Face's GPT-2 always has biases; ours are zero
-        if not name.endswith(("wte.weight", "wpe.weight")):
-            tensors[name.replace("weight", "bias")] = torch.zeros(tensor.shape[-1], dtype=tensor.dtype)
-    fields = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-              "n_positions": config.block_size, "vocab_size": config.vocab_size, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-              "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-              "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx, "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+    kind, state = dialect(config), dict(state)
+    for name, tensor in list(state.items()) if not config.bias else []:  # Hugging Face's always have biases; ours are zero
+        if not name.startswith(("wte.", "wpe.", "lm_head.")):
+            state[name.replace("weight", "bias")] = torch.zeros(tensor.shape[0], dtype=tensor.dtype)
+    tensors = {hf_name(name, kind): _relaid(tensor, name, config, outward=True).contiguous() for name, tensor in state.items()}
+    fields = {"architectures": [DIALECTS[kind].class_name], "model_type": kind, **DIALECTS[kind].needed,
+              **{theirs: getattr(config, ours) for ours, theirs in DIALECTS[kind].fields.items()},
+              **({"intermediate_size": 4 * config.n_embd} if config.rotary else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+              DIALECTS[kind].fields["gelu"]: "gelu_new" if config.gelu == "tanh" else "gelu"}
+    write_hf(folder, tensors, fields)
+
+
+def write_hf(folder, tensors, fields: dict, like=None) -> None:
+    """Write tensors under Hugging Face's names, a config.json of `fields` and their real dtype, and the tokenizer of the folder `like`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for source in [path for pattern in lawa_core.COPIED for path in Path(like).glob(pattern)] if like else []:
+        shutil.copyfile(source, Path(folder) / source.name)
     lawa_core.save(Path(folder) / "model.safetensors", tensors)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with lawa_core.replacing(Path(folder) / "config.json") as part:
-        part.write_text(json.dumps(fields, indent=2))
+        part.write_text(json.dumps({name: value for name, value in fields.items() if name != "torch_dtype"} | {"dtype": dtype}, indent=2))
 
 
 # ---- 3. Corpora ---------------------------------------------------------------------------------------------------------------------
@@ -890,12 +1061,13 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: i
         raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than {block}, and n_blocks of at least 1")
     starts = np.linspace(0, len(corpus.val) - block - 1, n_blocks).astype(np.int64)
     tokens = torch.from_numpy(_known(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64), corpus))
+    half = torch.float16 if next(model.parameters()).dtype == torch.float16 else torch.bfloat16
     model.eval()
     losses = []
     for part in tokens.split(max(batch_tokens // block, 1)):
         part = part.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            _, loss = model(part[:, :-1], part[:, 1:], reduction="none")
+        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
+            loss = model.losses(part[:, :-1], part[:, 1:])
         losses.append(loss.double().mean(1).cpu())
     model.train(training)
     return torch.cat(losses).numpy()
@@ -939,6 +1111,59 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
             for step, name, values in found]
 
 
+def export_steps(run, dtype=torch.float16) -> Path:
+    """A run's checkpoints as Hugging Face folders RUN/hub/step<N>/, as a public model's revisions are; those already there are kept."""
+    run = Path(run)
+    config = json.loads((run / "config.json").read_text())
+    shape, trajectory = preset(config["preset"], open_corpus(config["corpus"]).vocab_size), lawa_core.open_trajectory(run)
+    for step in trajectory.steps:
+        folder = run / "hub" / f"step{step}"
+        if not (folder / "config.json").exists():  # the last file written
+            save_hf(folder, shape, {name: tensor.to(dtype) for name, tensor in trajectory[step].items()})
+    return run / "hub"
+
+
+def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, device: str = "auto", on_disk: bool = False, cache=None,
+           each=None, every: float = 5.0) -> list[dict]:
+    """Losses of a public model's checkpoints, and of averages along them; nothing is trained, and one model is on the device at a time.
+
+    Each average is made while the model before it is evaluated. Args: source: Hugging Face step folders, "hub:NAME", or what else
+    `open_trajectory` takes; schemes: {label: scheme}; corpus: text in the model's own tokens; on_disk: the window stays in files, see
+    `lawa_core.stream`; cache: a CSV of finished rows, written after every step: an interrupted replay goes on; each: called with (step,
+    label, {Hugging Face's name: tensor}) before the evaluation. Returns the rows of `evaluate_trajectory`.
+    """
+    trajectory, device = lawa_core.open_trajectory(source), pick_device(device)
+    schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
+    done = _Cache(cache and Path(cache), n_blocks)
+    missing = [step for step in at if any(done.get(step, scheme) is None for scheme in schemes.values())]
+    config = hf_config(trajectory.companions())
+    _check_tokens(corpus, config, trajectory.companions() / "tokenizer.json")
+    states, gpt, own = lawa_core.stream(trajectory, schemes, missing, on_disk), None, None
+    begun, told, count, total = time.monotonic(), 0.0, 0, len(missing) * len(schemes)
+    coming = lawa_core.soon(next, states, None)
+    while item := coming.result():
+        step, label, state = item
+        if gpt is None:  # in half precision where the files are and the device is made for it
+            half = device.type == "cuda" and next(iter(state.values())).dtype == torch.float16
+            gpt = blank(config, device, torch.float16 if half else torch.float32)
+        if each:
+            each(step, label, state)
+        fill(gpt, state)
+        item = state = coming = None  # let go before the next one is made: there is only ever one
+        coming, losses = lawa_core.soon(next, states, None), evaluate(gpt, corpus, n_blocks)
+        own, count = losses if label == "run" else own, count + 1
+        done.add(step, schemes[label], losses, own)
+        if label == list(schemes)[-1]:
+            done.write()
+        if time.monotonic() - told > every:
+            told, rate = time.monotonic(), count / (time.monotonic() - begun)
+            print(f"{trajectory.name}: step {step}, {count} of {total} models evaluated, {(total - count) / rate:.0f} s left", flush=True)
+    scale = 1 / math.log(2) / corpus.val_bytes_per_token
+    found = [(step, label, done.get(step, scheme)) for step in at for label, scheme in schemes.items()]
+    return [{"run": trajectory.name, "step": step, "scheme": label, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
+            for step, label, values in found]
+
+
 def _of_run(run) -> tuple[GPT, Corpus]:
     """(a model of a run's shape, its corpus)."""
     if not (Path(run) / "config.json").exists():
@@ -957,6 +1182,29 @@ def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterato
         if name == list(rows)[-1]:
             for own, path in kept.items():
                 yield step, own, dict(lawa_core.open_checkpoint(path / checkpoint_name(step)))
+
+
+def _check_tokens(corpus: Corpus, config: GPTConfig, tokenizer: Path) -> None:
+    """Refuse text in other tokens than the model's: its losses would look like losses."""
+    made_with = corpus.meta.get("tokenizer_sha256")
+    other = made_with and tokenizer.exists() and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != made_with
+    if other or corpus.vocab_size > config.vocab_size:
+        raise LawaError(f"{corpus.name} is not in this model's tokens; prepare the text again with --tokenizer {tokenizer}")
+
+
+def zero_shot(folder, tasks: list[str], *, device: str = "cpu", **options) -> list[dict]:
+    """Accuracy of a Hugging Face folder on tasks of lm-evaluation-harness: rows {"task", "accuracy", "stderr"}.
+
+    options: what lm_eval's `simple_evaluate` takes besides, such as limit, task_manager. Needs the extra `zeroshot`.
+    """
+    try:
+        import lm_eval
+    except ImportError:
+        raise LawaError('zero-shot tasks need lm_eval: pip install "lawa-lab[zeroshot]"') from None
+    source = {"pretrained": str(folder), "dtype": "float16" if device == "cuda" else "float32"}
+    results = lm_eval.simple_evaluate(model="hf", model_args=source, tasks=tasks, device=device, **options)
+    return [{"task": task, "accuracy": values["acc,none"], "stderr": values["acc_stderr,none"]}
+            for task, values in results["results"].items()]
 
 
 class _Cache:
