@@ -11,12 +11,9 @@ search, online averages, command line. File work needs numpy alone; torch is imp
 """
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import dataclasses
-import errno
-import fnmatch
 import functools
 import glob
 import hashlib
@@ -25,15 +22,11 @@ import math
 import mmap
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -516,6 +509,7 @@ def open_trajectory(source, key: str | None = None) -> Trajectory:
     if not isinstance(source, (str, os.PathLike)):
         return _trajectory([Path(path) for path in source], "the list", key)
     if str(source).startswith("hub:"):
+        from lawa_hub import open_hub
         return open_hub(str(source)[4:])
     path = Path(source)
     if path.is_dir() and not _is_checkpoint(path):
@@ -608,240 +602,6 @@ def check(source, key: str | None = None) -> list[str]:
     usual = np.median(np.diff(trajectory.steps)) if len(trajectory) > 2 else math.inf
     return problems + [f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} apart"
                        for a, b in pairwise(trajectory.steps) if b - a > usual]
-
-
-# ---- 2b. Trajectories on the Hub ----------------------------------------------------------------------------------------------------
-
-PREFERRED = (("model.safetensors", r"model-(\d+)-of-(\d+)\.safetensors"), ("pytorch_model.bin", r"pytorch_model-(\d+)-of-(\d+)\.bin"))
-
-
-def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False, token=None, endpoint: str | None = None) -> HubTrajectory:
-    """The revisions step<N> of a model on the Hugging Face Hub. Lists their files and compares them; fetches nothing yet.
-
-    Args: repo: "EleutherAI/pythia-1b-deduped", or with "@START:STOP:STRIDE" instead of `steps`; steps: default all there are; folder: where
-    step folders are fetched to, default ~/.cache/lawa/NAME; allow: "duplicates" takes revisions that share files; keep: files stay after
-    use; token: default the one you are logged in with; endpoint: another server than huggingface.co.
-    Errors: LawaError for a missing revision, shard or token, a hub that is down, revisions with the same weights. Needs huggingface_hub.
-    """
-    repo, _, wanted = repo.partition("@")
-    with _hub(repo):
-        from huggingface_hub import HfApi
-        api = HfApi(endpoint=endpoint, token=token)
-        commits = {int(ref.name[4:]): ref.target_commit for ref in api.list_repo_refs(repo).branches if re.fullmatch(r"step\d+", ref.name)}
-    steps = sorted(span(wanted) if wanted else commits if steps is None else set(steps))
-    missing = [f"step{step}" for step in steps if step not in commits]
-    if missing or not steps:
-        raise LawaError(f"{repo} has no revision {_some(missing) or 'named step<N>'}; there are {_some(sorted(commits)) or 'none'}")
-
-    def listed(step):
-        with _hub(f"{repo} step{step}"):
-            return _wanted(f"{repo} step{step}", list(api.list_repo_tree(repo, revision=commits[step])))
-    with ThreadPoolExecutor(8) as pool:
-        files = dict(zip(steps, pool.map(listed, steps), strict=True))
-    if "duplicates" not in allow and (twins := list(_twins(files))):
-        raise LawaError(f"{repo}: {'; '.join(twins)}; these are wrong uploads: leave out steps, or allow duplicates")
-    return HubTrajectory(repo, {step: (commits[step], files[step]) for step in steps}, folder, allow, keep, api)
-
-
-def span(text: str) -> range:
-    """The steps that "START:STOP:STRIDE" (or with commas) writes, both ends included."""
-    try:
-        start, stop, stride = map(int, re.split("[:,]", text))
-        return range(start, stop + 1, stride)
-    except ValueError:
-        raise LawaError(f"steps must be START:STOP:STRIDE, such as 103000:143000:1000, got {text!r}") from None
-
-
-def _wanted(revision: str, listing) -> dict[str, object]:
-    """{name: the Hub's record} of the files to fetch: config.json and one whole copy of the weights, safetensors if there is one."""
-    files, incomplete = {file.path: file for file in listing}, []
-    config = {name: files[name] for name in ("config.json",) if name in files}
-    for single, pattern in PREFERRED:
-        shards = {name: found for name in files if (found := re.fullmatch(pattern, name))}
-        numbers = {int(found[1]) for found in shards.values()}
-        lacking = [n for n in range(1, max((int(found[2]) for found in shards.values()), default=0) + 1) if n not in numbers]
-        if single in files:
-            return config | {single: files[single]}
-        if (index := f"{single}.index.json") in files and shards and not lacking:
-            return config | {name: files[name] for name in (index, *sorted(shards))}
-        incomplete += [f"shard {n} of {single}" for n in lacking] + [index] * (bool(shards) and index not in files)
-    raise LawaError(f"{revision} lacks {', '.join(incomplete) or 'weights: expected ' + ' or '.join(single for single, _ in PREFERRED)}; "
-                    f"leave this step out")
-
-
-def _is_listed(path: Path, file) -> bool:
-    if path.stat().st_size != file.size or not file.lfs:
-        return path.stat().st_size == file.size
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest() == file.lfs.sha256
-
-
-def _identity(file) -> str:
-    return file.lfs.sha256 if file.lfs else file.blob_id
-
-
-def _twins(files: Mapping[int, Mapping]) -> Iterator[str]:
-    """Revisions that share weight files, by the sha256 that the Hub lists: known before a byte is fetched."""
-    weights = {step: {_identity(file) for name, file in names.items() if not name.endswith(".json")} for step, names in files.items()}
-    groups: dict[str, list[int]] = {}
-    for step, names in weights.items():
-        for identity in names:
-            groups.setdefault(identity, []).append(step)
-    for steps in sorted({tuple(group) for group in groups.values() if len(group) > 1}):
-        whole = all(weights[step] == weights[steps[0]] for step in steps)
-        yield f"steps {_some(steps)} hold {'identical weights' if whole else 'partly identical weights, some shards are the same file'}"
-
-
-@contextlib.contextmanager
-def _hub(what: str) -> Iterator[None]:
-    """Whatever the Hub's client raises, as one line that says what to do."""
-    try:
-        import huggingface_hub.errors as hub
-    except ImportError:
-        raise LawaError('the Hub needs huggingface_hub: pip install "lawa-lab[hub]"') from None
-    try:
-        yield
-    except LawaError:
-        raise
-    except Exception as error:  # the client's own errors, its HTTP library's, the disk's
-        status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-        first = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-        reason = next(text for known, text in (
-            (isinstance(error, hub.RevisionNotFoundError), "no such revision on the Hub"),
-            (isinstance(error, hub.RemoteEntryNotFoundError), "a file it lists is missing on the Hub"),
-            (isinstance(error, hub.RepositoryNotFoundError) or status in (401, 403),
-             "no such model, or it needs a token: check the name, `hf auth login` or set HF_TOKEN"),
-            (isinstance(error, hub.OfflineModeIsEnabled), "HF_HUB_OFFLINE is set; unset it and start again"),
-            (getattr(error, "errno", None) == errno.ENOSPC, "the disk is full; free some, or choose another folder"),
-            ("Consistency check" in str(error), "the download was cut short"),
-            (True, f"the Hub cannot be reached ({status or first})")) if known)
-        raise JobFailed(f"{what}: {reason}; what is fetched is kept, run again to go on") from None
-
-
-def soon(function: Callable, *args) -> Future:
-    """The future of a call in a thread of its own, for which an interrupted program does not wait."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-class HubTrajectory(Trajectory):
-    """Revisions on the Hub, each fetched once when asked for, the next one meanwhile (see `open_hub`, `expect`, `release`).
-
-    `fetched` counts bytes received. Files are checked against the Hub's sha256; an interrupted fetch goes on with the first file it lacks.
-    """
-
-    def __init__(self, repo: str, revisions: Mapping[int, tuple[str, Mapping]], folder, allow, keep: bool, api):
-        self.folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
-        super().__init__({step: self.folder / f"step{step}" for step in revisions}, repo)
-        self.revisions, self.allow, self.keep, self.api = dict(revisions), allow, keep, api
-        self.order, self.pending, self.fetched, self.begun, self.told = [], {}, 0, None, math.inf
-
-    def nbytes(self, step: int) -> int:
-        return sum(file.size for file in self.revisions[step][1].values())
-
-    def expect(self, steps) -> None:
-        self.order = list(steps)
-
-    def __getitem__(self, step) -> Checkpoint:
-        if step not in self.sources:
-            return super().__getitem__(step)
-        try:
-            self._start(step).result()
-        except BaseException:
-            self.pending.pop(step, None)  # asked for again, it is tried again
-            raise
-        for following in self.order[self.order.index(step) + 1:][:1] if step in self.order else ():
-            self._start(following)
-        return super().__getitem__(step)
-
-    def release(self, step: int) -> None:
-        if self.pending.pop(step, None) and not self.keep:
-            shutil.rmtree(self.sources[step], ignore_errors=True)
-
-    def plan(self, schemes: Mapping[str, Callable], at=None, on_disk: bool = False, rate: float | None = None) -> dict:
-        """What `stream` with these arguments will take: revisions, bytes to fetch, bytes on disk and in memory at most, hours of fetching.
-
-        rate: bytes/s, default measured. What is on disk already is not fetched again.
-        """
-        _, needed, last = _schedule(self, schemes, at)
-        size = {step: self.nbytes(step) for step in needed}
-        held = [sum(size[s] for s in needed[:i + 1] if last[s] >= step) for i, step in enumerate(needed)]
-        resting = held if on_disk else [size[step] for step in needed]
-        todo = sum(file.size for step in needed for _, file in self._lacking(step))
-        rate = rate or self.measure()
-        disk = max(now + ahead for now, ahead in zip(resting, [*size.values(), 0][1:], strict=True))
-        return {"revisions": len(needed), "fetch_bytes": todo, "disk_bytes": disk, "memory_bytes": 0 if on_disk else max(held),
-                "rate": rate, "hours": todo / rate / 3600}
-
-    def companions(self) -> Path:
-        step = self.steps[-1]
-        with _hub(f"{self.name} step{step}"):
-            names = [file.path for file in self.api.list_repo_tree(self.name, revision=self.revisions[step][0])]
-        for name in names:
-            if any(fnmatch.fnmatch(name, pattern) for pattern in COPIED):
-                self._download(step, name, self.folder / "model")
-        return self.folder / "model"
-
-    def measure(self, size: int = 8 << 20) -> float:
-        """Bytes per second of one request for the first `size` bytes of the weights."""
-        import huggingface_hub as hub
-        commit, files = self.revisions[self.steps[0]]
-        url = hub.hf_hub_url(self.name, max(files, key=lambda name: files[name].size), revision=commit, endpoint=self.api.endpoint)
-        headers, begun = hub.utils.build_hf_headers(token=self.api.token) | {"Range": f"bytes=0-{size - 1}"}, time.perf_counter()
-        with _hub(self.name):
-            response = hub.get_session().get(url, headers=headers, follow_redirects=True)
-            hub.utils.hf_raise_for_status(response)
-        return len(response.content) / (time.perf_counter() - begun)
-
-    def _start(self, step: int) -> Future:
-        if step not in self.pending:
-            self.pending[step] = soon(self._fetch, step)
-        return self.pending[step]
-
-    def _lacking(self, step: int) -> list[tuple]:
-        return [(name, file) for name, file in self.revisions[step][1].items() if not (self.sources[step] / name).exists()]
-
-    def _fetch(self, step: int) -> None:
-        target = self.sources[step]
-        if self.begun is None:
-            self.begun = self.told = time.monotonic()
-        target.mkdir(parents=True, exist_ok=True)
-        needed = sum(file.size for _, file in self._lacking(step))
-        if (free := shutil.disk_usage(target).free) < needed:
-            raise JobFailed(f"{self.name} step{step} takes {needed / 1e9:.2f} GB, {self.folder} has {free / 1e9:.2f} GB left; "
-                            f"free some, or choose another folder; what is fetched is kept, run again to go on")
-        for name, file in self._lacking(step):
-            self._download(step, name, target)
-            if not _is_listed(target / name, file):
-                (target / name).unlink()
-                raise JobFailed(f"{self.name} step{step}: {name} is not the file that the Hub lists (size or sha256 differ); run again")
-
-    def _download(self, step: int, name: str, target: Path) -> None:
-        from huggingface_hub.utils import tqdm
-
-        class Meter(tqdm):  # the client reports to a progress bar
-            def __init__(bar, *args, **options):
-                super().__init__(*args, **options | {"disable": True})
-
-            def update(bar, n=1):
-                self._count(n or 0)
-        with _hub(f"{self.name} step{step}"):
-            self.api.hf_hub_download(self.name, name, revision=self.revisions[step][0], local_dir=target, tqdm_class=Meter)
-
-    def _count(self, size: float) -> None:
-        self.fetched += size
-        if time.monotonic() - self.told > 10 and self.fetched:
-            self.told, seconds = time.monotonic(), time.monotonic() - self.begun
-            total = sum(self.nbytes(step) for step in self.order or self.pending)
-            print(f"{self.name}: {self.fetched / 1e9:.2f} of {total / 1e9:.2f} GB fetched, {self.fetched / seconds / 1e6:.0f} MB/s, "
-                  f"{(total - self.fetched) / self.fetched * seconds:.0f} s left", flush=True)
 
 
 # ---- 3. Schemes: rows of weights ----------------------------------------------------------------------------------------------------
@@ -1757,30 +1517,6 @@ def _parted(live: Mapping) -> tuple[dict, dict]:
 
 # ---- 9. Command line ----------------------------------------------------------------------------------------------------------------
 
-EXAMPLES = """examples
-  lawa inspect runs/my-run                                       what is there, what is wrong with it
-  lawa average ckpt_800.pt ckpt_900.pt ckpt_1000.pt -o avg.pt    the mean of these three
-  lawa average runs/my-run -k 5 --spacing 1000 -o avg.safetensors
-  lawa average runs/my-run --scheme "ema(beta=0.99)" --at 20000 --dtype BF16 -o hf-folder
-  lawa sweep runs/my-run --scheme "lawa(k=5, spacing=1000)" --scheme "decay(window=5000)" --every 1000 -o averages
-  lawa search runs/my-run --command "python validate.py {}"      the best window; the command prints the loss, or one per block
-  lawa export averages/lawa/ckpt_20000.safetensors --like hf-folder -o new-hf-folder
-
-what an average does: inputs are never changed. Names and shapes must agree; float tensors are averaged in double precision and rounded
-once; integer tensors come from the newest checkpoint; tied tensors stay tied. NaN, Inf, identical checkpoints and averages among the
-inputs are refused (--allow). The output appears under its name when it is whole; stopped, the same command goes on where it was.
-
-schemes (steps are read from the names; every=, spacing=, start=, window= in steps)
-  lawa(k=5, spacing=100)                  mean of the k latest checkpoints, spacing apart; without spacing the k latest there are
-  swa(start=0, every=10)                  mean of everything since start
-  ema(beta=0.99)                          e <- beta e + (1 - beta) w over the checkpoints
-  decay(window=1000, shape='1-sqrt')      weights that act like a learning-rate decay; shapes linear, cosine, 1-sqrt
-  explicit([0.2, 0.8])                    these weights, the last for the newest, divided by their sum
-  newest                                  one checkpoint as it is
-
-exit status: 0 done, 1 the job failed or inspect found problems, 2 bad usage or input, 130 interrupted"""
-
-
 class Progress:
     """A bar with rate and time left on a terminal; nothing elsewhere."""
 
@@ -1797,164 +1533,10 @@ class Progress:
                              + "\n" * (done >= total))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise LawaError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("lawa", description="Average the checkpoints of a training run.", epilog=EXAMPLES,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, text, *groups):
-        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-        add = sub.add_argument
-        add("inputs", nargs="+", metavar="CKPT", help="checkpoints (.safetensors, .pt, Hugging Face or torch distributed folders), or one "
-            "run folder or glob of them; steps are read from the names")
-        add("--key", help="where a nested .pt holds its weights (default: model, state_dict, module, or at the top)")
-        add("--json", action="store_true", help="print the result as JSON")
-        if "scheme" in groups:
-            add("--scheme", action="append", default=[], help="how to average, see below (default: the uniform mean of all inputs)")
-            add("-k", "--k", type=int, help="short for --scheme lawa: checkpoints in the window")
-            add("--spacing", type=int, help="with -k or --weights: steps between the checkpoints (default: the latest there are)")
-            add("--weights", help="short for --scheme explicit: weights, oldest first, as 0.2,0.3,0.5 (divided by their sum)")
-            add("--tokens-per-step", type=int, help="durations are given in tokens, this many per step")
-        if "at" in groups:
-            add("--at", type=int, help="the step to average at (default: the newest)")
-        if "output" in groups:
-            add("-o", "--out", required=True, help="FILE.safetensors, FILE.pt or a new Hugging Face folder; for sweep a folder")
-            add("--dtype", type=str.upper, choices=FLOATS, help="type of the float tensors written (default: the newest input's)")
-            add("--like", help="Hugging Face folder to copy config and tokenizer from (default: the newest input, if it is one)")
-            add("--max-shard", type=float, default=5, help="GB per shard of a Hugging Face folder (default 5)")
-            add("--threads", type=int, help="default: one per core")
-            add("--allow", action="append", default=[], choices=ALLOW, help="average in spite of NaN or Inf, byte-identical checkpoints, "
-                "averages among the inputs")
-        return add
-    command("inspect", "Show a trajectory: steps, sizes, types, how far the weights moved, problems. Reads every byte once.")
-    command("average", "Write one average of checkpoints.", "scheme", "at", "output")
-    add = command("sweep", "Write the averages of several schemes at many steps, in one pass over the checkpoints.", "scheme", "output")
-    add("--every", type=int, default=1, help="average at the steps that are multiples of this (default: every checkpoint)")
-    add = command("search", "Find the best LAWA window with a validation command.", "at")
-    add("--command", dest="run", required=True, help="program with {} for the checkpoint's path; prints the loss, or one per block, last")
-    add("--budget", type=int, default=12, help="evaluations at most (default 12)")
-    command("export", "Write one checkpoint as a Hugging Face folder.", "at", "output")
-    return parser
-
-
-def _schemes(args) -> dict[str, Callable]:
-    """{name: scheme} from the command line; the names are folder names."""
-    if args.command == "export":
-        return {"newest": newest()}
-    if bool(args.scheme) + (args.k is not None) + (args.weights is not None) > 1:
-        raise LawaError("expected only one of --scheme, --k and --weights, got more")
-    if args.spacing is not None and args.k is None and args.weights is None:
-        raise LawaError("--spacing goes with --k or --weights; a --scheme has its own, as in lawa(k=5, spacing=100)")
-    schemes = {re.sub(r"[^\w.=-]+", "-", text).strip("-"): parse_scheme(text) for text in args.scheme}
-    if args.weights is not None:
-        schemes["explicit"] = parse_scheme(f"explicit([{args.weights}], spacing={args.spacing})")
-    if args.k is not None:
-        schemes["lawa"] = lawa(args.k, args.spacing)
-    if args.tokens_per_step is not None:
-        schemes = {name: in_steps(scheme, args.tokens_per_step) for name, scheme in schemes.items()}
-    return schemes or {"mean": swa()}
-
-
-def _inspect(trajectory: Trajectory) -> dict:
-    """What `lawa inspect` shows. moved: norm of the difference to the checkpoint before, relative to the norm. Reads every byte once."""
-    opened = {}
-    for step in trajectory.steps:
-        with contextlib.suppress(LawaError):  # check lists what cannot be opened
-            opened[step] = trajectory[step]
-    norms, moves, problems, progress, done = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0), {}, Progress(), 0
-    entries = opened[max(opened)].entries if opened else {}
-    for name, start, stop in _tiles({name: entry for name, entry in entries.items() if entry.dtype in FLOATS}, TILE // 8):
-        before = None
-        for step, checkpoint in opened.items():
-            entry = checkpoint.entry(name) if name in checkpoint else None
-            if entry is None or entry.shape != entries[name].shape or entry.dtype not in FLOATS:
-                continue
-            raw = entry.read(start * itemsize(entry.dtype), stop * itemsize(entry.dtype))
-            values = _widen(raw, entry.dtype).astype(np.float64)
-            if not _finite(raw, entry.dtype):
-                problems[f"{entry.path}: {name} holds NaN or Inf"] = True
-            norms[step] += float(values @ values)
-            moves[step] += 0.0 if before is None else float((values - before) @ (values - before))
-            before, done = values, done + len(raw)
-        progress(done, max(done, sum(checkpoint.nbytes for checkpoint in opened.values())))
-    rows = [{"step": step, "bytes": checkpoint.nbytes, "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
-             "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": math.sqrt(norms[step]) if math.isfinite(norms[step]) else None,
-             "moved": math.sqrt(moves[step] / norms[step]) if 0 < norms[step] < math.inf and step > min(opened) else None}
-            for step, checkpoint in opened.items()]
-    return {"trajectory": trajectory.name, "checkpoints": rows, "problems": check(trajectory) + list(problems)}
-
-
-def _validate(command: str) -> Callable[[dict], list[float]]:
-    """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads the numbers of its last line."""
-    words = shlex.split(command)
-    if not any("{}" in word for word in words):
-        raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
-
-    def evaluate(state):
-        with tempfile.TemporaryDirectory() as folder:
-            save(path := Path(folder) / "candidate.safetensors", state)
-            done = subprocess.run([word.replace("{}", str(path)) for word in words], capture_output=True, text=True)
-        numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", (done.stdout.strip().splitlines() or [""])[-1])
-        if done.returncode or not numbers:
-            said = (done.stderr or done.stdout).strip()[-200:]
-            raise JobFailed(f"the validation command exited with {done.returncode} and printed {said!r}")
-        return [float(number) for number in numbers]
-    return evaluate
-
-
-def _run(args) -> dict:
-    trajectory = open_trajectory(args.inputs[0] if len(args.inputs) == 1 else args.inputs, args.key)
-    if args.command == "inspect":
-        return _inspect(trajectory)
-    if args.command == "search":
-        found = search(trajectory, _validate(args.run), args.at, args.budget)
-        return found | {"best": str(found["best"])}
-    schemes = _schemes(args)
-    options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow, "like": args.like, "progress": Progress(),
-               "max_shard": int(args.max_shard * 1e9)}
-    if args.command == "sweep":
-        _positive(every=args.every)
-        return sweep_files(trajectory, schemes, [step for step in trajectory.steps if step % args.every == 0], args.out, **options)
-    if len(schemes) > 1:
-        raise LawaError(f"average writes one average, got {len(schemes)} schemes; use sweep")
-    scheme, = schemes.values()
-    return average_files(trajectory, {args.out: (scheme, trajectory.steps[-1] if args.at is None else args.at)}, **options)
-
-
-def _show(result: dict) -> None:
-    for line in result.get("checkpoints", []):
-        moved = "-" if line["moved"] is None else f"{line['moved']:.2e}"
-        print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} values  "
-              f"{','.join(line['dtypes'])}  moved {moved}")
-    for line in result.get("trials", []):
-        print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
-    for line in result.get("outputs", []):
-        print(f"{line['path']}: {line['scheme']} at step {line['at']}, {len(line['weights'])} checkpoints")
-    if "seconds" in result:
-        print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote {result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
-    if "sure" in result:
-        print(f"best: {result['best']}; {result['sure']}")
-    for problem in result.get("problems", []):
-        print(f"problem: {problem}")
-
-
 def main(argv=None) -> int:
-    try:
-        args = _parser().parse_args(argv)
-        result = _run(args)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    except (LawaError, OSError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
-    print(json.dumps(result, indent=1)) if args.json else _show(result)
-    return 1 if result.get("problems") else 0
+    """The command line, `python lawa_core.py` or `lawa`: see lawa_cli.py."""
+    import lawa_cli
+    return lawa_cli.main(argv)
 
 
 if __name__ == "__main__":

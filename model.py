@@ -424,7 +424,8 @@ class Corpus:
             return tiktoken.get_encoding(self.meta["tokenizer"])
         lines = (self.folder / self.meta["tokenizer"]).read_text().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-        return tiktoken.Encoding(self.name, pat_str=self.meta["pattern"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.meta["eot_token"]})
+        return tiktoken.Encoding(self.name, pat_str=self.meta["pattern"], mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": self.meta["eot_token"]})
 
 
 class Shards:
@@ -498,7 +499,8 @@ def open_corpus(name) -> Corpus:
         splits, counts = [map_tokens(folder / f"{split}.bin") for split in ("train", "val")], [meta["train_tokens"], meta["val_tokens"]]
         missing = {"name", "vocab_size", "eot_token", "tokenizer"} - set(meta)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise error if isinstance(error, LawaError) else LawaError(f"{folder}: damaged meta.json or .bin ({error}); prepare it again") from None
+        damaged = LawaError(f"{folder}: damaged meta.json or .bin ({error}); prepare it again")
+        raise error if isinstance(error, LawaError) else damaged from None
     if missing:
         raise LawaError(f"{folder / 'meta.json'} lacks {', '.join(sorted(missing))}; prepare the corpus again")
     for split, tokens, count in zip(("train", "val"), splits, counts, strict=True):
@@ -675,8 +677,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
         keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
         progress: called with (step, max_iters, loss)
-    Errors: LawaError for a bad configuration or a missing corpus; RunError for a loss that is not finite or a full disk, the last good state
-    is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
+    Errors: LawaError for a bad configuration or a missing corpus; RunError for a loss that is not finite or a full disk, the last good
+    state is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
     """
     with _ranks(device) as (rank, world, device):
         config, corpus = config.resolved(device), open_corpus(config.corpus)
@@ -1111,59 +1113,6 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
             for step, name, values in found]
 
 
-def export_steps(run, dtype=torch.float16) -> Path:
-    """A run's checkpoints as Hugging Face folders RUN/hub/step<N>/, as a public model's revisions are; those already there are kept."""
-    run = Path(run)
-    config = json.loads((run / "config.json").read_text())
-    shape, trajectory = preset(config["preset"], open_corpus(config["corpus"]).vocab_size), lawa_core.open_trajectory(run)
-    for step in trajectory.steps:
-        folder = run / "hub" / f"step{step}"
-        if not (folder / "config.json").exists():  # the last file written
-            save_hf(folder, shape, {name: tensor.to(dtype) for name, tensor in trajectory[step].items()})
-    return run / "hub"
-
-
-def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, device: str = "auto", on_disk: bool = False, cache=None,
-           each=None, every: float = 5.0) -> list[dict]:
-    """Losses of a public model's checkpoints, and of averages along them; nothing is trained, and one model is on the device at a time.
-
-    Each average is made while the model before it is evaluated. Args: source: Hugging Face step folders, "hub:NAME", or what else
-    `open_trajectory` takes; schemes: {label: scheme}; corpus: text in the model's own tokens; on_disk: the window stays in files, see
-    `lawa_core.stream`; cache: a CSV of finished rows, written after every step: an interrupted replay goes on; each: called with (step,
-    label, {Hugging Face's name: tensor}) before the evaluation. Returns the rows of `evaluate_trajectory`.
-    """
-    trajectory, device = lawa_core.open_trajectory(source), pick_device(device)
-    schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
-    done = _Cache(cache and Path(cache), n_blocks)
-    missing = [step for step in at if any(done.get(step, scheme) is None for scheme in schemes.values())]
-    config = hf_config(trajectory.companions())
-    _check_tokens(corpus, config, trajectory.companions() / "tokenizer.json")
-    states, gpt, own = lawa_core.stream(trajectory, schemes, missing, on_disk), None, None
-    begun, told, count, total = time.monotonic(), 0.0, 0, len(missing) * len(schemes)
-    coming = lawa_core.soon(next, states, None)
-    while item := coming.result():
-        step, label, state = item
-        if gpt is None:  # in half precision where the files are and the device is made for it
-            half = device.type == "cuda" and next(iter(state.values())).dtype == torch.float16
-            gpt = blank(config, device, torch.float16 if half else torch.float32)
-        if each:
-            each(step, label, state)
-        fill(gpt, state)
-        item = state = coming = None  # let go before the next one is made: there is only ever one
-        coming, losses = lawa_core.soon(next, states, None), evaluate(gpt, corpus, n_blocks)
-        own, count = losses if label == "run" else own, count + 1
-        done.add(step, schemes[label], losses, own)
-        if label == list(schemes)[-1]:
-            done.write()
-        if time.monotonic() - told > every:
-            told, rate = time.monotonic(), count / (time.monotonic() - begun)
-            print(f"{trajectory.name}: step {step}, {count} of {total} models evaluated, {(total - count) / rate:.0f} s left", flush=True)
-    scale = 1 / math.log(2) / corpus.val_bytes_per_token
-    found = [(step, label, done.get(step, scheme)) for step in at for label, scheme in schemes.items()]
-    return [{"run": trajectory.name, "step": step, "scheme": label, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
-            for step, label, values in found]
-
-
 def _of_run(run) -> tuple[GPT, Corpus]:
     """(a model of a run's shape, its corpus)."""
     if not (Path(run) / "config.json").exists():
@@ -1182,29 +1131,6 @@ def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterato
         if name == list(rows)[-1]:
             for own, path in kept.items():
                 yield step, own, dict(lawa_core.open_checkpoint(path / checkpoint_name(step)))
-
-
-def _check_tokens(corpus: Corpus, config: GPTConfig, tokenizer: Path) -> None:
-    """Refuse text in other tokens than the model's: its losses would look like losses."""
-    made_with = corpus.meta.get("tokenizer_sha256")
-    other = made_with and tokenizer.exists() and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != made_with
-    if other or corpus.vocab_size > config.vocab_size:
-        raise LawaError(f"{corpus.name} is not in this model's tokens; prepare the text again with --tokenizer {tokenizer}")
-
-
-def zero_shot(folder, tasks: list[str], *, device: str = "cpu", **options) -> list[dict]:
-    """Accuracy of a Hugging Face folder on tasks of lm-evaluation-harness: rows {"task", "accuracy", "stderr"}.
-
-    options: what lm_eval's `simple_evaluate` takes besides, such as limit, task_manager. Needs the extra `zeroshot`.
-    """
-    try:
-        import lm_eval
-    except ImportError:
-        raise LawaError('zero-shot tasks need lm_eval: pip install "lawa-lab[zeroshot]"') from None
-    source = {"pretrained": str(folder), "dtype": "float16" if device == "cuda" else "float32"}
-    results = lm_eval.simple_evaluate(model="hf", model_args=source, tasks=tasks, device=device, **options)
-    return [{"task": task, "accuracy": values["acc,none"], "stderr": values["acc_stderr,none"]}
-            for task, values in results["results"].items()]
 
 
 class _Cache:
@@ -1244,9 +1170,10 @@ _OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512, 
 _PAPER = {**_OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
 SCALES = {
     "smoke": {"preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8, "warmup_iters": 40, "ckpt_interval": 10,
-              "seeds": "0,1", "k": 3, "spacing": 10, "n_blocks": 64, "averages": "ema(0.9); ema(0.98)"},
+              "seeds": "0,1", "k": 3, "spacing": 10, "n_blocks": 64, "averages": "ema(0.9); ema(0.98); lawa(3, 1)"},
     "laptop": {"preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8, "warmup_iters": 100,
-               "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 64, "averages": "ema(0.9); ema(0.98); ema(0.99)"},
+               "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20, "n_blocks": 64,
+               "averages": "ema(0.9); ema(0.98); ema(0.99); lawa(5, 1); lawa(5, 5)"},
     "gpu-hour": {**_OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "warmup_iters": 300, "batch_size": 32,
                  "accumulation": 4, "ckpt_interval": 100, "spacing": 100},
     "gpt2-small": {**_PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16, "accumulation": 24, "ckpt_interval": 200,

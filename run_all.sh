@@ -98,7 +98,7 @@ run_tests() {
 # --- notebooks ---
 
 stamp_of() { # what a notebook's result depends on
-  cat "notebooks/$1.ipynb" lawa_core.py model.py lab.py data/stdlib/meta.json - <<<"$scale" | hash256
+  cat "notebooks/$1.ipynb" lawa_core.py lawa_hub.py model.py pythia.py lab.py data/stdlib/meta.json - <<<"$scale" | hash256
 }
 
 last_error() { # the last line of a log that names an error, else its last line

@@ -80,9 +80,11 @@ def alone(folder: Path, k: int, points: int, blocks: int) -> None:
 
 def replay(folder: Path, k: int, points: int, blocks: int, url: str, on_disk: bool) -> int:
     import lawa_core
+    import lawa_hub
     import model
-    trajectory = lawa_core.open_hub(REPO, folder=folder / "cache", endpoint=url, token=False)
-    model.replay(trajectory, {"lawa": lawa_core.lawa(k, STEP)}, model.open_corpus(folder / "text"), trajectory.steps[-points:],
+    import pythia
+    trajectory = lawa_hub.open_hub(REPO, folder=folder / "cache", endpoint=url, token=False)
+    pythia.replay(trajectory, {"lawa": lawa_core.lawa(k, STEP)}, model.open_corpus(folder / "text"), trajectory.steps[-points:],
                  n_blocks=blocks, device="cpu", on_disk=on_disk, every=1e9)
     return sum(map(trajectory.nbytes, trajectory.steps))
 
@@ -91,7 +93,7 @@ def worker(part: str, folder: Path, k: int, points: int, blocks: int, url: str) 
     import huggingface_hub.errors
     import huggingface_hub.hf_api  # noqa: F401 - what importing takes is not counted
 
-    import model  # noqa: F401
+    import pythia  # noqa: F401
     begun, needed = time.perf_counter(), 0
     with Peak() as peak:
         if part == "alone":

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lawa_core  # noqa: E402
+import lawa_hub  # noqa: E402
 import model  # noqa: E402
 
 REPLAYS = (("pythia-1b-deduped", "103000:143000:1000", False, 1_000_000), ("pythia-12b-deduped", "103000:143000:10000", True, 1_000_000),
@@ -26,10 +27,10 @@ def copy_bytes(config) -> int:
 
 def main() -> None:
     for name, text, on_disk, tokens in REPLAYS:
-        config, targets = model.preset(name, 50_277), list(lawa_core.span(text))
+        config, targets = model.preset(name, 50_277), list(lawa_hub.span(text))
         steps = sorted({t - j * SPACING for t in targets for j in range(K)})
         file = SimpleNamespace(size=copy_bytes(config))
-        trajectory = lawa_core.HubTrajectory(name, {step: ("", {"model.safetensors": file}) for step in steps}, "nowhere", (), False, None)
+        trajectory = lawa_hub.HubTrajectory(name, {step: ("", {"model.safetensors": file}) for step in steps}, "nowhere", (), False, None)
         plan = trajectory.plan({"run": lawa_core.newest(), "lawa": lawa_core.lawa(K, SPACING)}, targets, on_disk, RATE)
         parameters, models = model.blank(config, "meta").size(), 2 * len(targets)
         print(f"{name} {text}: {plan['revisions']} revisions of {file.size / 1e9:.2f} GB, {plan['fetch_bytes'] / 1e9:,.0f} GB to fetch "

@@ -15,7 +15,9 @@ import torch
 from hub_stand_in import Fault, Hub
 
 import lawa_core
+import lawa_hub
 import model
+import pythia
 from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
 from model import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf
 
@@ -237,7 +239,7 @@ def hub(branches):
 
 
 def opened(hub, tmp_path, *args, **options):
-    return lawa_core.open_hub(REPO, *args, folder=tmp_path / "cache", endpoint=hub.url, **{"token": False} | options)
+    return lawa_hub.open_hub(REPO, *args, folder=tmp_path / "cache", endpoint=hub.url, **{"token": False} | options)
 
 
 @pytest.fixture
@@ -435,12 +437,12 @@ def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waitin
 def test_listing_fails_in_one_line(hub, no_waiting, repo, steps, fault, said):
     hub.faults += [fault] if fault else []
     with pytest.raises(LawaError, match=said):
-        lawa_core.open_hub(repo, steps, endpoint=hub.url, token=False)
+        lawa_hub.open_hub(repo, steps, endpoint=hub.url, token=False)
 
 
 def test_no_server_at_all(tmp_path):
     with pytest.raises(LawaError, match=f"{REPO}: the Hub cannot be reached"):
-        lawa_core.open_hub(REPO, endpoint="http://127.0.0.1:9", token=False)
+        lawa_hub.open_hub(REPO, endpoint="http://127.0.0.1:9", token=False)
 
 
 def test_a_token_is_sent_to_the_hub_and_not_beyond(branches, tmp_path):
@@ -479,7 +481,7 @@ def test_code_in_a_bin_is_not_run(tmp_path):
 def test_without_the_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
     with pytest.raises(LawaError, match=r"the Hub needs huggingface_hub: pip install \"lawa-lab\[hub\]\""):
-        lawa_core.open_hub(REPO)
+        lawa_hub.open_hub(REPO)
 
 
 def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
@@ -489,7 +491,7 @@ def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
 
 def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, capsys):
     local = {"folder": tmp_path / "cache", "endpoint": hub.url, "token": False}
-    monkeypatch.setattr(lawa_core, "open_hub", functools.partial(lawa_core.open_hub, **local))
+    monkeypatch.setattr(lawa_hub, "open_hub", functools.partial(lawa_hub.open_hub, **local))
     assert lawa_core.open_trajectory(f"hub:{REPO}@10:40:10").steps == [10, 20, 30, 40]
     assert lawa_core.main(["average", f"hub:{REPO}@20:40:10", "-o", str(tmp_path / "out")]) == 0
     same_logits(load_hf(tmp_path / "out"), tmp_path / "out", tokens(CONFIG, 20))
@@ -519,7 +521,7 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
         if step == 30:
             kept[label] = tmp_path / label
             model.write_hf(kept[label], state, json.loads((like / "config.json").read_text()), like)
-    rows = model.replay(trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu")
+    rows = pythia.replay(trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu")
     assert [(row["step"], row["scheme"]) for row in rows] == [(step, label) for step in STEPS for label in ("run", "lawa")]
     losses = {}
     for row in rows:
@@ -537,7 +539,7 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
 def test_text_in_other_tokens_is_refused(hub, tmp_path, corpus, change):
     corpus.meta.update(change)
     with pytest.raises(LawaError, match=r"noise is not in this model's tokens; prepare the text again with --tokenizer .*tokenizer.json"):
-        model.replay(opened(hub, tmp_path), {}, corpus, n_blocks=2, device="cpu")
+        pythia.replay(opened(hub, tmp_path), {}, corpus, n_blocks=2, device="cpu")
     assert not weights_sent(hub)
 
 
@@ -547,13 +549,13 @@ def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
             raise KeyboardInterrupt
     arguments = {"schemes": {"lawa": lawa(2, 10)}, "corpus": corpus, "n_blocks": 4, "device": "cpu", "cache": tmp_path / "rows.csv"}
     with pytest.raises(KeyboardInterrupt):
-        model.replay(opened(hub, tmp_path), each=stop, **arguments)
+        pythia.replay(opened(hub, tmp_path), each=stop, **arguments)
     hub.sent.clear()
-    rows = model.replay(opened(hub, tmp_path), **arguments)
+    rows = pythia.replay(opened(hub, tmp_path), **arguments)
     assert len(rows) == 10 and not any(name in hub.sent for name in ("pytorch_model.bin",))  # step 10's: no longer needed
     hub.sent.clear()
-    assert model.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
-    assert model.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
+    assert pythia.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
+    assert pythia.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
 
 
 # ---- Zero-shot and the notebook -----------------------------------------------------------------------------------------------------
@@ -592,7 +594,7 @@ doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
-    row, = model.zero_shot(tmp_path / "hf", ["toy"], task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False))
+    row, = pythia.zero_shot(tmp_path / "hf", ["toy"], task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False))
     gpt, right = load_hf(tmp_path / "hf"), []
     for item in items:
         scores = []
@@ -607,7 +609,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def test_zero_shot_without_the_harness(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(LawaError, match=r"zero-shot tasks need lm_eval: pip install \"lawa-lab\[zeroshot\]\""):
-        model.zero_shot(tmp_path, ["sciq"])
+        pythia.zero_shot(tmp_path, ["sciq"])
 
 
 def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):

@@ -45,7 +45,7 @@ def make_project(folder):
         (folder / inner).mkdir(parents=True)
     for name in ("run_all.sh", "pages.py"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("lawa_core.py", "model.py", "lab.py", "constraints.txt"):
+    for name in ("lawa_core.py", "lawa_hub.py", "model.py", "pythia.py", "lab.py", "constraints.txt"):
         (folder / name).write_text("")
     extras = 'optional-dependencies = {notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
     (folder / "pyproject.toml").write_text(f'[project]\nname = "stub"\ndependencies = []\n{extras}\n')
