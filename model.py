@@ -181,18 +181,20 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.config, device = config, torch.get_default_device()
+        with torch.device("meta"):  # torch's own initialization would take time, and numbers from the global generator
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
+            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.ln_f = LayerNorm(config)
+            self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device=device)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1), generator=generator)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
     @property
     def head(self) -> torch.Tensor:
@@ -257,7 +259,7 @@ DIALECTS = {  # by config.json's model_type
         "GPT2LMHeadModel",
         {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions", "vocab_size": "vocab_size",
          "gelu": "activation_function", "eps": "layer_norm_epsilon", "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx"},
-        {"rotary": 0.0, "parallel": False, "tied": True}, {"tie_word_embeddings": True},
+        {"rotary": 0.0, "parallel": False, "tied": True}, {"tie_word_embeddings": True, "scale_attn_weights": True},
         {"wte": "transformer.wte", "wpe": "transformer.wpe", "h": "transformer.h", "ln_f": "transformer.ln_f"}),
     "gpt_neox": Dialect(
         "GPTNeoXForCausalLM",
