@@ -1186,7 +1186,7 @@ SCALES = {
                    "spacing": 1000, "min_lr_frac": 0.005},
 }
 DEVICES = {  # sustained FLOP/s and memory in GB: for GPUs 40% of the dense bf16 peak on the maker's data sheet, for CPU cores measured
-    "two CPU cores": (60e9, 16), "RTX 4090": (66e12, 24), "A100": (125e12, 80), "H100": (396e12, 80)}
+    "two CPU cores": (120e9, 16), "RTX 4090": (66e12, 24), "A100": (125e12, 80), "H100": (396e12, 80)}
 
 
 def scale_values(name: str) -> dict:

@@ -374,6 +374,8 @@ def blocks(root: Path) -> dict[str, str]:
     if (root / "docs/claims.json").exists():
         records = json.loads((root / "docs/claims.json").read_text(encoding="utf-8"))
         found |= {"headline": headline(records), "claims": claims_table(records)}
+    if (root / "docs/plan.txt").exists():
+        found["plan"] = f"```\n{(root / 'docs/plan.txt').read_text(encoding='utf-8').strip()}\n```"
     for file in sorted((root / "benchmarks").glob("*.json")):
         found[file.stem] = json.loads(file.read_text(encoding="utf-8"))["markdown"]
     return found

@@ -518,7 +518,8 @@ def store(path: Path, name: str, result: dict) -> None:
     """Put one workload's results into the JSON, atomically; the others stay."""
     known = json.loads(path.read_text())["workloads"] if path.exists() else {}
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({"workloads": dict(sorted((known | {name: result}).items()))}, indent=1) + "\n")
+    workloads = dict(sorted((known | {name: result}).items()))
+    part.write_text(json.dumps({"workloads": workloads, "markdown": markdown(workloads)}, indent=1) + "\n")
     os.replace(part, path)
 
 

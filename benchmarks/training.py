@@ -383,6 +383,13 @@ def table(title: str, columns: dict, rows: list[dict]) -> str:
     return "\n".join([f"\n### {title}{counted}\n", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
+def markdown(kept: dict, figures: list[dict] | None = None) -> str:
+    """The tables of all sections measured so far, and the figures to reach: what README shows."""
+    tables = [table(title, columns, kept[name]["rows"]).strip() for name, (_, title, columns) in SECTIONS.items() if name in kept]
+    lines = "\n".join(f"- {row['line']}" for row in (reach(kept) if figures is None else figures))
+    return "\n\n".join([*tables, f"Expected and measured:\n\n{lines}"])
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -451,14 +458,14 @@ def main(argv=None) -> int:
             print(table(title, columns, rows), flush=True)
             if args.out:
                 with lawa_core.replacing(args.out) as part:
-                    part.write_text(json.dumps({"sections": kept, "reach": reach(kept)}, indent=1))
+                    part.write_text(json.dumps({"sections": kept, "reach": reach(kept), "markdown": markdown(kept)}, indent=1))
     except LawaError as error:
         note(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         note("interrupted; the sections finished before are kept")
         return 130
-    print("\n### Expected and measured\n", *(f"- {row['line']}" for row in reach(kept)), sep="\n")
+    print(markdown({}, reach(kept)))
     return 0
 
 

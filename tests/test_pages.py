@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -191,3 +192,40 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     write(tmp_path)
     html = pages.build(tmp_path).read_text(encoding="utf-8")
     assert not any(word in html for word in ("http:", "https:", "//", "@import", "<script", "<link"))
+
+
+def write_project(root):
+    """A README with marks, a record, a figure, a benchmark's results."""
+    write(root / "results", files=("gain_over_steps.png", "rows.csv"), machine="2 cores")
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks/averaging.json").write_text(json.dumps({"markdown": "| a | b |"}))
+    marks = "".join(f"# {name}\n<!-- begin {name} -->\nstale\n<!-- end {name} -->\n" for name in ("headline", "claims", "averaging"))
+    (root / "README.md").write_text(f"before\n{marks}after\n")
+    return root
+
+
+def test_publish_writes_the_tables_and_nothing_else(tmp_path):
+    root = write_project(tmp_path)
+    text = pages.publish(root / "results", root).read_text()
+    assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert "| High rates gain more (`lr_sweep`) | 0.12 [P] plot | 0.14; 3 of 3 seeds | ✓ holds | 3 |" in text and "| a | b |" in text
+    assert (root / "docs/gain_over_steps.png").exists() and "docs/gain_over_steps.png" in text
+    assert pages.readme(root).read_text() == text  # and once more from what was copied
+
+
+def test_publish_needs_the_headline_and_the_marks(tmp_path):
+    root = write_project(tmp_path)
+    (root / "README.md").write_text("no marks")
+    with pytest.raises(ValueError, match="begin headline"):
+        pages.publish(root / "results", root)
+    assert (root / "README.md").read_text() == "no marks"
+    with pytest.raises(ValueError, match="lr_sweep"):
+        pages.publish(root / "nowhere", root)
+
+
+def test_the_readme_is_what_its_sources_make_it():
+    """Nothing in the generated tables was typed: making them again changes nothing."""
+    root = Path(pages.__file__).parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for name, block in pages.blocks(root).items():
+        assert f"<!-- begin {name} -->\n{block}\n<!-- end {name} -->" in text
