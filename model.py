@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lawa_core
-from lawa_core import LawaError, checkpoint_name
+from lawa_core import JobFailed, LawaError, checkpoint_name
 
 ROOT = Path(__file__).resolve().parent
 DATA, RUNS = ROOT / "data", ROOT / "runs"
@@ -658,10 +658,6 @@ def _known(tokens: np.ndarray, corpus: Corpus) -> np.ndarray:
 
 # ---- 5. Training --------------------------------------------------------------------------------------------------------------------
 
-class RunError(LawaError):
-    """A run that cannot go on; its last good state is kept."""
-
-
 COLUMNS = ("step", "tokens", "lr", "loss", "grad_norm")  # of metrics.csv: loss in nats per token on the training batch, before the update
 READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
 
@@ -679,7 +675,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
         keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
         progress: called with (step, max_iters, loss)
-    Errors: LawaError for a bad configuration or a missing corpus; RunError for a loss that is not finite or a full disk, the last good
+    Errors: LawaError for a bad configuration or a missing corpus; JobFailed for a loss that is not finite or a full disk, the last good
     state is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
     """
     with _ranks(device) as (rank, world, device):
@@ -880,7 +876,7 @@ class _Run:
                     self._look(caught, eval_interval, state_seconds, progress)
                 self.writer.wait()
             except OSError as error:
-                raise RunError(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
+                raise JobFailed(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
                                 "last state") from None
             finally:
                 self.loader.close()
@@ -922,7 +918,7 @@ class _Run:
         self.pending.clear()
         for step, _, lr, loss, norm in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise RunError(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate {lr:.2e}; lower --lr "
+                raise JobFailed(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate {lr:.2e}; lower --lr "
                                f"{self.config.lr:g}; the checkpoints and the state before are kept")
         self.metrics.write(rows)
         if progress and rows and self.rank == 0:
@@ -1360,7 +1356,7 @@ def main(argv=None) -> int:
         raise
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, LawaError) and not isinstance(error, RunError) else 1
+        return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -355,7 +356,7 @@ def test_search(run, tmp_path):
     """Weights drift by 10 a checkpoint; the loss is least where the window's centre is 30: k = 5 at spacing 10."""
     script = tmp_path / "validate.py"
     script.write_text(VALIDATE)
-    command = f"{sys.executable} {script} {{}}"
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} {{}}"
     found = json.loads(good("search", tmp_path / "run", "--command", command, "--json"))
     assert found["best"].startswith("lawa(k=5, spacing=10")
     assert found["gain"] == pytest.approx(20)

@@ -28,7 +28,6 @@ from model import GPT, Config, GPTConfig, batch, evaluate, evaluate_trajectory, 
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_PER_TOKEN = 1.25  # what the made-up meta.json claims, so that bits per byte differ from bits per token
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------------------------
