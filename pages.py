@@ -20,6 +20,8 @@ LEAD = (
     "Does the average of a training run’s latest checkpoints (LAWA) beat the run itself? Each published claim is "
     "tested by one notebook, and stands here beside the value measured."
 )
+# The paper's claims first, in its order; other notebooks follow by name.
+ORDER = ("lr_sweep", "spacing_ablation", "averaging_baselines", "model_size", "annealing", "loss_spikes", "batch_and_rate")
 # Symbol and word both, so that no verdict depends on colour.
 BADGES = {True: ("yes", "✓ holds"), False: ("no", "✗ does not hold"), None: ("open", "? undecided")}
 SOURCES = "[S] read in a source · [P] read off a published plot, about ±0.005 nats · [I] inferred · [?] not known"
@@ -40,10 +42,11 @@ class Entry:
 
 
 def read_entries(results: Path) -> list[Entry]:
-    """All notebooks with a record, an executed copy or a failed copy in `results`, by name."""
+    """All notebooks with a record, an executed copy or a failed copy in `results`, in the order of the claims."""
     if not results.is_dir():
         return []
     folders = sorted(folder for folder in results.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    folders.sort(key=lambda folder: ORDER.index(folder.name) if folder.name in ORDER else len(ORDER))
     return [read_entry(folder) for folder in folders if is_notebook(folder)]
 
 
