@@ -36,6 +36,7 @@ from lawa_core import (
     open_trajectory,
     parse_scheme,
     save,
+    scheme_dir,
     search,
     swa,
     sweep_files,
@@ -118,7 +119,7 @@ def _schemes(args) -> dict[str, Callable]:
         raise LawaError("expected only one of --scheme, --k and --weights, got more")
     if args.spacing is not None and args.k is None and args.weights is None:
         raise LawaError("--spacing goes with --k or --weights; a --scheme has its own, as in lawa(k=5, spacing=100)")
-    schemes = {re.sub(r"[^\w.=-]+", "-", text).strip("-"): parse_scheme(text) for text in args.scheme}
+    schemes = {scheme_dir(text): parse_scheme(text) for text in args.scheme}
     if args.weights is not None:
         schemes["explicit"] = parse_scheme(f"explicit([{args.weights}], spacing={args.spacing})")
     if args.k is not None:

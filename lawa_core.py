@@ -753,6 +753,11 @@ def in_steps(scheme, per_step: int):
     return dataclasses.replace(scheme, **{name: tokens(value, per_step) for name, value in given.items()})
 
 
+def scheme_dir(text: str) -> str:
+    """The one name of the folder that holds a scheme's averages: "ema(0.99)" -> "ema-0.99"."""
+    return re.sub(r"[^\w.=-]+", "-", text).strip("-")
+
+
 def parse_scheme(text: str):
     """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, nothing is run."""
     try:

@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lawa_core
-from lawa_core import JobFailed, LawaError, checkpoint_name
+from lawa_core import JobFailed, LawaError, checkpoint_name, scheme_dir
 
 ROOT = Path(__file__).resolve().parent
 DATA, RUNS = ROOT / "data", ROOT / "runs"
@@ -573,7 +573,7 @@ class Config:
             raise LawaError("; ".join(wrong))
         if strange := [text for text, scheme in self.online.items() if type(scheme) not in ONLINE]:
             raise LawaError(f"averages must be lawa, ema or swa, got {strange[0]!r}")
-        if len(set(map(average_dir, self.online))) < len([text for text in self.averages.split(";") if text.strip()]):
+        if len(set(map(scheme_dir, self.online))) < len([text for text in self.averages.split(";") if text.strip()]):
             raise LawaError(f"averages must be different, got {self.averages!r}")
 
     @property
@@ -601,11 +601,6 @@ class Config:
 ONLINE = {lawa_core.ema: lambda model, s: lawa_core.EMA(model, s.beta, s.every or 1, s.start),
           lawa_core.swa: lambda model, s: lawa_core.SWA(model, s.start, s.every or 1),
           lawa_core.lawa: lambda model, s: lawa_core.LAWA(model, s.k, s.spacing or 1, s.start)}
-
-
-def average_dir(text: str) -> str:
-    """The folder of an average kept while training, in its run folder: "ema(0.99)" -> "ema-0.99"."""
-    return re.sub(r"[^\w.=]+", "-", text).strip("-")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -832,7 +827,7 @@ class _Run:
         states = {self.folder / name: _on_cpu(dict(self.model.state_dict()))}
         for text, average in self.averages.items():
             with contextlib.suppress(LawaError):  # nothing averaged before its start
-                states[self.folder / average_dir(text) / name] = _on_cpu(average.average())
+                states[self.folder / scheme_dir(text) / name] = _on_cpu(average.average())
         self.writer.start(lambda: [lawa_core.save(path, state) for path, state in states.items()])
 
     def _batch(self, step: int) -> torch.Tensor:
@@ -871,8 +866,8 @@ class _Run:
         with _signals() as caught:
             try:
                 while self.done < config.max_iters:
-                    lr = learning_rate(config, self.done)
-                    self.pending.append((self.done + 1, (self.done + 1) * config.tokens_per_step, lr, *self.step()))
+                    loss, norm = self.step()
+                    self.pending.append((self.done, self.done * config.tokens_per_step, self.optimizer.param_groups[0]["lr"], loss, norm))
                     self._look(caught, eval_interval, state_seconds, progress)
                 self.writer.wait()
             except OSError as error:
@@ -979,8 +974,8 @@ def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path
     left every `every` seconds. Errors: LawaError that names each failed run and its message, once all others are done. Interrupted, the
     runs save their state.
     """
-    folders = {run_dir(config): config for config in configs}
-    missing = {folder: config for folder, config in folders.items() if not (folder / "summary.json").exists()}
+    runs = [(run_dir(config), config) for config in configs]
+    missing = {folder: config for folder, config in runs if not (folder / "summary.json").exists()}
     cores = os.cpu_count() or 1
     jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores)
     threads = str(max(cores // jobs, 1))  # however many runs are missing: the bits depend on it
@@ -1006,7 +1001,7 @@ def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path
             process.wait()
     if failed:
         raise LawaError("; ".join(failed))
-    return [run_dir(config) for config in configs]
+    return [folder for folder, _ in runs]
 
 
 class _Report:
@@ -1085,14 +1080,15 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     is the scheme "run".
     """
     device = pick_device(device)
-    if model is None:
-        model, corpus = _of_run(run)
+    shape, corpus = (model.config, corpus) if model else _of_run(run)
     trajectory, folder = lawa_core.open_trajectory(run), Path(run) if isinstance(run, (str, os.PathLike)) and Path(run).is_dir() else None
     schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
     cache = _Cache(folder and folder / "eval.csv", n_blocks)
-    missing = [step for step in at if any(cache.get(step, scheme) is None for scheme in schemes.values())]
+    missing = cache.missing(at, schemes)
     wanted = {name: scheme for name, scheme in schemes.items() if name == "run" or any(cache.get(step, scheme) is None for step in missing)}
-    model, own, begun, told = model.to(device), None, time.monotonic(), time.monotonic()
+    own, begun, told = None, time.monotonic(), time.monotonic()
+    if missing:
+        model = model.to(device) if model else blank(shape, device)
     for done, (step, name, state) in enumerate(_states(trajectory, folder, wanted, missing), 1):
         model.load_state_dict(state)
         losses = evaluate(model, corpus, n_blocks)
@@ -1105,24 +1101,21 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
             cache.write()
     if missing:
         cache.write()
-    scale = 1 / math.log(2) / corpus.val_bytes_per_token
-    found = [(step, name, cache.get(step, scheme)) for step in at for name, scheme in schemes.items()]
-    return [{"run": trajectory.name, "step": step, "scheme": name, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
-            for step, name, values in found]
+    return cache.table(trajectory.name, at, schemes, corpus)
 
 
-def _of_run(run) -> tuple[GPT, Corpus]:
-    """(a model of a run's shape, its corpus)."""
+def _of_run(run) -> tuple[GPTConfig, Corpus]:
+    """(the shape of a run's model, its corpus)."""
     if not (Path(run) / "config.json").exists():
         raise LawaError(f"{run} is no run folder: expected {Path(run) / 'config.json'}, as `model.py train` writes it")
     config = json.loads((Path(run) / "config.json").read_text())
     corpus = open_corpus(config["corpus"])
-    return GPT(preset(config["preset"], corpus.vocab_size)), corpus
+    return preset(config["preset"], corpus.vocab_size), corpus
 
 
 def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterator[tuple[int, str, dict]]:
     """(step, name, weights): averages along the trajectory, each followed at its step by those kept while training."""
-    kept = {name: folder / average_dir(text) for name, text in schemes.items() if isinstance(text, str)}
+    kept = {name: folder / scheme_dir(text) for name, text in schemes.items() if isinstance(text, str)}
     rows = {name: scheme for name, scheme in schemes.items() if name not in kept}
     for step, name, state in lawa_core.sweep(trajectory, rows, at) if at else ():
         yield step, name, state
@@ -1143,6 +1136,17 @@ class _Cache:
 
     def get(self, step: int, scheme) -> dict | None:
         return self.rows.get((step, str(scheme), self.n_blocks))
+
+    def missing(self, at, schemes: dict) -> list[int]:
+        """The steps at which a scheme was not evaluated yet."""
+        return [step for step in at if any(self.get(step, scheme) is None for scheme in schemes.values())]
+
+    def table(self, run: str, at, schemes: dict, corpus: Corpus) -> list[dict]:
+        """The rows of `evaluate_trajectory`, once nothing is missing."""
+        scale = 1 / math.log(2) / corpus.val_bytes_per_token
+        found = [(step, name, self.get(step, scheme)) for step in at for name, scheme in schemes.items()]
+        return [{"run": run, "step": step, "scheme": name, **values, "bpb": values["loss"] * scale, "n_blocks": self.n_blocks}
+                for step, name, values in found]
 
     def add(self, step: int, scheme, losses: np.ndarray, own: np.ndarray) -> None:
         def mean_se(x):
@@ -1269,10 +1273,11 @@ def _duration(seconds: float) -> str:
 @torch.inference_mode()
 def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
     """`tokens` tokens of text after `prompt`, from a run's checkpoint at `at` (default the newest) or from an average there."""
-    model, corpus = _of_run(run)
+    shape, corpus = _of_run(run)
     tokenizer, generator = corpus.tokenizer(), torch.Generator().manual_seed(seed)
     if tokens < 0 or not tokenizer.encode_ordinary(prompt):
         raise LawaError(f"expected tokens of at least 0 and a prompt that is not empty, got {tokens} and {prompt!r}")
+    model = blank(shape)
     model.load_state_dict(lawa_core.average(run, scheme or lawa_core.newest(), at))
     idx = torch.tensor([tokenizer.encode_ordinary(prompt)])
     for _ in range(tokens):

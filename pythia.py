@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, 
     trajectory, device = lawa_core.open_trajectory(source), pick_device(device)
     schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
     done = _Cache(cache and Path(cache), n_blocks)
-    missing = [step for step in at if any(done.get(step, scheme) is None for scheme in schemes.values())]
+    missing = done.missing(at, schemes)
     config = hf_config(trajectory.companions())
     _check_tokens(corpus, config, trajectory.companions() / "tokenizer.json")
     states, gpt, own = lawa_core.stream(trajectory, schemes, missing, on_disk), None, None
@@ -62,10 +61,7 @@ def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS, 
         if time.monotonic() - told > every:
             told, rate = time.monotonic(), count / (time.monotonic() - begun)
             print(f"{trajectory.name}: step {step}, {count} of {total} models evaluated, {(total - count) / rate:.0f} s left", flush=True)
-    scale = 1 / math.log(2) / corpus.val_bytes_per_token
-    found = [(step, label, done.get(step, scheme)) for step in at for label, scheme in schemes.items()]
-    return [{"run": trajectory.name, "step": step, "scheme": label, **values, "bpb": values["loss"] * scale, "n_blocks": n_blocks}
-            for step, label, values in found]
+    return done.table(trajectory.name, at, schemes, corpus)
 
 
 def _check_tokens(corpus: Corpus, config: GPTConfig, tokenizer: Path) -> None:
