@@ -838,7 +838,7 @@ class _Run:
         """One optimizer step. Returns (this rank's loss, gradient norm), still on the device: reading them would stop it."""
         config, tokens = self.config, self.loader.wait()
         tokens = (self._batch(self.done) if tokens is None else tokens).to(self.device, non_blocking=True)
-        if self.done + 1 < config.max_iters:
+        if self.device.type == "cuda" and self.done + 1 < config.max_iters:  # cutting a batch takes a CPU less than handing it over
             self.loader.start(self._batch, self.done + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.done)

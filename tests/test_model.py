@@ -677,6 +677,15 @@ def test_two_ranks_are_one_run(config, tmp_path):
     assert_same_run(folders[2], folders[1])
 
 
+def test_batches_cut_behind_the_step_are_the_same(config, corpus, tmp_path):
+    """What the loader's thread hands over, as on a GPU, is the batch of the next step."""
+    run = model._Run(config, open_corpus(corpus), tmp_path, torch.device("cpu"))
+    for step in (3, 4):
+        run.loader.start(run._batch, step)
+        assert torch.equal(run.loader.wait(), torch.from_numpy(batch(run.corpus.train, config, step)))
+    run.loader.close()
+
+
 def test_batches_too_few_for_the_ranks(config, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "_ranks", lambda device: model.contextlib.nullcontext((0, 3, torch.device("cpu"))))
     with pytest.raises(LawaError, match="3 equal ranks"):
