@@ -664,7 +664,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), a trajectory per average, resume.pt while
     unfinished, and summary.json once finished. Under torchrun every rank calls this; the batches are one process's, cut in equal parts, and
     rank 0 writes. Args: config; what does not change its numbers:
-        out_dir: default named by the configuration's hash; device; compile: default on CUDA
+        out_dir: default named by the configuration's hash; device; compile: default on CUDA, unless torch's path has a space
         threads: an interrupted run keeps its own
         eval_interval: steps between validation losses in val.csv; 0: none
         state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
@@ -685,6 +685,10 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         for name, value, least in (("threads", threads, 1), ("eval_interval", eval_interval, 0), ("state_seconds", state_seconds, 0)):
             if value is not None and not value >= least:
                 raise LawaError(f"{name} must be at least {least}, got {value}")
+        spaced = " " in torch.__file__  # torch.compile calls the C++ compiler without quoting its own folder
+        if compile and spaced:
+            raise LawaError(f"torch.compile fails where torch's folder has a space in its name: {torch.__file__}; leave --compile out")
+        compile = device.type == "cuda" and not spaced if compile is None else compile
         written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
         if rank == 0:
             _claim(folder, config, corpus)
@@ -694,7 +698,6 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             if not (folder / "summary.json").exists():
                 for part in folder.rglob(".*.part") if rank == 0 else ():
                     part.unlink()  # what a killed process was writing
-                compile = device.type == "cuda" if compile is None else compile
                 _Run(config, corpus, folder, device, threads, compile, rank, world, written).go(eval_interval, state_seconds, progress)
     return folder
 

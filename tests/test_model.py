@@ -1362,6 +1362,14 @@ def compiling(request, config, tmp_path_factory):
         process.kill()
 
 
+def test_compile_where_torch_cannot(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__file__", "/a b/torch/__init__.py")
+    with pytest.raises(LawaError, match="/a b/torch"):
+        train(config, tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile does not quote the folder it lies in")
 def test_torch_compile(compiling, config, run):
     process, folder = compiling
     assert process.wait(timeout=300) == 0, (folder / "log").read_text()
