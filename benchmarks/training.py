@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -263,9 +264,11 @@ def costs(args, folder):
         config, corpus = sized(preset)
         ours, blocks = project(config, corpus, folder), SIZES[preset].blocks
         one, three = (lawa_core.EMA(ours.model, betas) for betas in ((0.99,), (0.9, 0.99, 0.999)))
+        steps = itertools.count(1)  # an average passes over a step that it has taken
         work = {"step": ours.step,
                 "checkpoint": functools.partial(lawa_core.save, folder / "checkpoint.safetensors", ours.model.state_dict()),
-                "ema": functools.partial(one.update, 1), "ema3": functools.partial(three.update, 1),
+                "ema": lambda average=one, steps=steps: average.update(next(steps)),
+                "ema3": lambda average=three, steps=steps: average.update(next(steps)),
                 "evaluation": functools.partial(model.evaluate, ours.model, corpus, blocks)}
         for call in work.values():  # warms up
             call()

@@ -1189,11 +1189,22 @@ def test_future_tokens_do_not_matter(net, position):
 
 def test_loss(net):
     targets = torch.roll(IDX, -1, 1)
-    found, loss = net(IDX, targets)
-    each = -F.log_softmax(found.double(), -1).gather(-1, targets[..., None])[..., 0]
-    assert float(loss) == pytest.approx(float(each.mean()), rel=1e-5)
-    torch.testing.assert_close(net(IDX, targets, reduction="none")[1].double(), each, rtol=1e-4, atol=1e-5)
-    assert net(IDX)[1] is None
+    each = -F.log_softmax(net(IDX)[0].double(), -1).gather(-1, targets[..., None])[..., 0]
+    assert net(IDX, targets)[1].item() == pytest.approx(float(each.mean()), rel=1e-5)
+    torch.testing.assert_close(net.losses(IDX, targets).double(), each, rtol=1e-4, atol=1e-5)
+    assert net(IDX)[1] is None and net(IDX, targets)[0] is None
+
+
+@pytest.mark.parametrize("tokens", [40, 1500])  # less than one piece; three, the last one shorter
+def test_the_loss_in_pieces_has_the_gradients_of_the_whole(tokens):
+    net = GPT(model.GPTConfig(1, 2, 16, tokens, 100), seed=3)
+    idx, targets = torch.randint(100, (2, 1, tokens), generator=torch.Generator().manual_seed(0))
+    net(idx, targets)[1].backward()
+    found = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad(set_to_none=True)
+    F.cross_entropy(net(idx)[0].flatten(0, 1), targets.flatten()).backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_too_long_a_sequence_is_refused(net):
