@@ -934,23 +934,15 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
     running = {name: _Running(scheme, *_layout(opened)) for name, scheme in rows.items() if _extending(scheme)}
     keep = {step: max([t for name, scheme in rows.items() if name not in running for t in scheme if step in scheme[t]], default=0)
             for step in opened}  # the last target whose window holds the step
-    held: dict[int, Checkpoint] = {}
+    held: dict[int, _Window] = {}
     for step in sorted({*opened, *targets}):
         if step in opened:
-            held[step] = _loaded(opened.pop(step))
+            held[step] = _Window(opened.pop(step))
         for scheme in running.values() if step in held else ():
             scheme.add(step, held[step])
         for name in schemes if step in targets else ():
             yield step, name, running[name].average(step) if name in running else _merge(rows[name][step], held, ALLOW)
         held = {s: checkpoint for s, checkpoint in held.items() if keep[s] > step}
-
-
-def _loaded(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint with its bytes in memory."""
-    def loaded(entry):
-        data = entry.read(0, entry.nbytes)
-        return dataclasses.replace(entry, read=lambda start, stop: data[start:stop].copy())
-    return Checkpoint(checkpoint.path, {name: loaded(entry) for name, entry in checkpoint.entries.items()}, checkpoint.aliases)
 
 
 def stream(source, schemes: Mapping[str, Callable], at=None, on_disk: bool = False, allow=()) -> Iterator[tuple[int, str, dict]]:
@@ -994,7 +986,7 @@ def _schedule(trajectory: Trajectory, schemes: Mapping[str, Callable], at) -> tu
 class _Window(Checkpoint):
     """A checkpoint in a window: its bytes in `data`, or left in its files."""
 
-    def __init__(self, checkpoint: Checkpoint, in_memory: bool):
+    def __init__(self, checkpoint: Checkpoint, in_memory: bool = True):
         super().__init__(checkpoint.path, checkpoint.entries, checkpoint.aliases, checkpoint.metadata)
         self.sample, self.data = checkpoint.sample, {}
         for name, entry in checkpoint.entries.items() if in_memory else ():
@@ -1087,7 +1079,7 @@ class _Running:
     def average(self, target: int) -> dict:
         self._move(target)
         entries = {name: self.newest.entry(name) for name in self.entries}
-        data = {name: entry.read(0, entry.nbytes) for name, entry in entries.items()}
+        data = {name: entry.read(0, entry.nbytes).copy() for name, entry in entries.items()}
         for name, total in self.sums.items():
             _narrow(total / len(self.rows[target]) if self.uniform else total, entries[name].dtype, data[name])
         state = {name: _tensor(raw, entries[name]) for name, raw in data.items()}

@@ -664,17 +664,47 @@ def test_disk_budget_keeps_whole_windows(config):
         model.kept_steps(config, 257, lawa(2, 2), size)
 
 
+LOSES_A_RANK = """
+import os, signal, sys
+import model
+attempt, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), model._Run.step
+
+def step_or_die(run):
+    print(f"attempt {attempt} at step {run.done}", flush=True)
+    if (attempt, run.rank, run.done) == (0, 1, 7):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run)
+model._Run.step = step_or_die
+sys.exit(model.main(sys.argv[1:]))
+"""
+
+
+def torchrun(script, config, folder, *options, **environment):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", *options, str(script), "train"]
+    return subprocess.run([sys.executable, *launch, *map(str, flags(config, folder, state_seconds=0))], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+
+
 def test_two_ranks_are_one_run(config, tmp_path):
-    """torchrun with two processes: the same batches, losses and weights within fp32 noise; and the same bits when it is run again."""
-    folders = [train(config, tmp_path / "one"), tmp_path / "two", tmp_path / "again"]
-    for port, folder in enumerate(folders[1:], 29511):
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-        argv = [sys.executable, *launch, str(ROOT / "model.py"), "train", *map(str, flags(config, folder))]
-        done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert column(folders[1], "loss") == pytest.approx(column(folders[0], "loss"), abs=2e-5)
-    assert_near(weights(folders[1], 12), weights(folders[0], 12), ref.read_safetensors(folders[0] / "ckpt_2.safetensors")[0], 2e-3)
-    assert_same_run(folders[2], folders[1])
+    """torchrun with two processes: the same batches, losses and weights within fp32 noise; the same bits when a rank is lost on the way."""
+    one, two, lost = train(config, tmp_path / "one"), tmp_path / "two", tmp_path / "lost"
+    done = torchrun(ROOT / "model.py", config, two, "--standalone")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
+    assert_near(weights(two, 12), weights(one, 12), ref.read_safetensors(one / "ckpt_2.safetensors")[0], 2e-3)
+    (script := tmp_path / "loses_a_rank.py").write_text(LOSES_A_RANK)
+    done = torchrun(script, config, lost, "--standalone", "--max_restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as documented
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "attempt 1 at step 6" in done.stdout and "attempt 1 at step 5" not in done.stdout  # it went on from its last state
+    assert_same_run(lost, two)
+
+
+def test_a_restart_that_would_hang_is_refused(config, tmp_path):
+    """torchrun's default keeps the addresses of the lost attempt."""
+    (script := tmp_path / "loses_a_rank.py").write_text(LOSES_A_RANK)
+    done = torchrun(script, config, tmp_path / "lost", "--standalone", "--max_restarts=1")
+    assert done.returncode != 0 and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in done.stderr
+    assert (tmp_path / "lost/resume.pt").exists()
 
 
 def test_batches_cut_behind_the_step_are_the_same(config, corpus, tmp_path):
@@ -1190,7 +1220,7 @@ def test_future_tokens_do_not_matter(net, position):
 def test_loss(net):
     targets = torch.roll(IDX, -1, 1)
     each = -F.log_softmax(net(IDX)[0].double(), -1).gather(-1, targets[..., None])[..., 0]
-    assert net(IDX, targets)[1].item() == pytest.approx(float(each.mean()), rel=1e-5)
+    assert net(IDX, targets)[1].item() == pytest.approx(each.mean().item(), rel=1e-5)
     torch.testing.assert_close(net.losses(IDX, targets).double(), each, rtol=1e-4, atol=1e-5)
     assert net(IDX)[1] is None and net(IDX, targets)[0] is None
 
