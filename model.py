@@ -714,8 +714,8 @@ def _ranks(device: str):
         return
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's ranks meet through a store of addresses; one that outlives a lost rank leads the next ones nowhere, and they hang
-        raise LawaError("a rank was lost, and torchrun restarts well only as TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone, or "
-                        "with --rdzv_backend=c10d; start it so, and it goes on from its last state")
+        raise LawaError("a rank was lost, and torchrun restarts well only as TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone "
+                        "(or --rdzv_backend=c10d); start it so, and it goes on from its last state")
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
