@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 # The logits are the largest array of a small model's step. On a CPU they are made, turned into gradients and dropped a few hundred tokens
-# at a time, which keeps them in the cache: a step of the laptop's size takes a sixth less. Compilers and GPUs want them whole.
+# at a time, which keeps them in the cache: a step of the laptop's size takes 15% less. Compilers and GPUs want them whole.
 IN_CACHE = 512  # tokens
 
 
