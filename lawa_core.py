@@ -784,7 +784,10 @@ def row(scheme, steps, at: int) -> dict[int, float]:
 
 # ---- 4. Arithmetic ------------------------------------------------------------------------------------------------------------------
 
-BLOCK = 8192  # values per matrix product: 20 checkpoints x 8192 doubles stay in the cache
+def _block(n: int) -> int:
+    """Values of each of n checkpoints per matrix product: a power of two, so that all of them stay in the cache as doubles (2 MB).
+    Fewer steps are fewer fights over Python's lock: with 8192 values always, a mean of five on two threads took half as long again."""
+    return 1 << max((1 << 18) // n, 1 << 10).bit_length() - 1
 
 
 def _widen(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -820,9 +823,10 @@ def _product(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     y = np.empty((len(weights), x.shape[1]), x.dtype)
     for m in range(0, len(weights), 4):
         used = np.flatnonzero(weights[m:m + 4].any(axis=0))
-        band, width = slice(used[0], used[-1] + 1), (1 << 16) // (used[-1] + 1 - used[0])
+        some = weights[m:m + 4, used[0]:used[-1] + 1]
+        width = (1 << 18) // some.size
         for start in range(0, x.shape[1], width):
-            np.matmul(weights[m:m + 4, band], x[band, start:start + width], out=y[m:m + 4, start:start + width])
+            np.matmul(some, x[used[0]:used[-1] + 1, start:start + width], out=y[m:m + 4, start:start + width])
     return y
 
 
@@ -833,8 +837,8 @@ def mix(rows: np.ndarray, raws: list[np.ndarray], dtypes: list[str], out_dtype: 
     Args: rows (M, N) weights, each row summing to 1; raws: N byte arrays (uint8) of equally many values, oldest first, and their dtype
     codes; out_dtype: code of the result. Returns M fresh byte arrays.
     Products and sums run in double (long double where a type is double) and are rounded once. Equal weights become a sum and one
-    division, so uniform means are those of exact arithmetic wherever the sum is exact. Blocks have one shape whatever the tile, so the
-    bits depend neither on tiles nor on threads. A lone weight copies bytes; what is no float is copied from the newest of its row.
+    division, so uniform means are those of exact arithmetic wherever the sum is exact. Tiles are whole blocks, so the bits depend neither
+    on tiles nor on threads. A lone weight copies bytes; what is no float is copied from the newest of its row.
     """
     used = [np.flatnonzero(weights) for weights in rows]
     if dtypes[0] not in FLOATS:
@@ -845,15 +849,16 @@ def mix(rows: np.ndarray, raws: list[np.ndarray], dtypes: list[str], out_dtype: 
     wide = np.longdouble if "F64" in (*dtypes, out_dtype) else np.float64
     uniform = np.array([np.ptp(weights[own]) == 0 for weights, own in zip(rows, used, strict=True)])[:, None]
     divisor = np.where(uniform, np.count_nonzero(rows, axis=1)[:, None], 1).astype(wide)[todo]
-    weights, x = np.where(uniform, rows != 0, rows).astype(wide)[todo], np.zeros((len(raws), BLOCK), wide)
-    for start in range(0, count if todo else 0, BLOCK):
-        stop = min(start + BLOCK, count)
+    weights, block = np.where(uniform, rows != 0, rows).astype(wide)[todo], _block(len(raws))
+    x = np.empty((len(raws), min(block, count)), wide)
+    for start in range(0, count if todo else 0, block):
+        stop = min(start + block, count)
         for n, (raw, dtype) in enumerate(zip(raws, dtypes, strict=True)):
             x[n, :stop - start] = _widen(raw[start * itemsize(dtype):stop * itemsize(dtype)], dtype)
-        y = _product(weights, x)
+        y = _product(weights, x[:, :stop - start])
         y /= divisor
         for m, values in zip(todo, y, strict=True):
-            _narrow(values[:stop - start], out_dtype, outs[m][start * size:stop * size])
+            _narrow(values, out_dtype, outs[m][start * size:stop * size])
     for m in todo:  # 0 * NaN is NaN: a row that came out so is mixed again from its own checkpoints alone
         if len(used[m]) < len(raws) and not _finite(outs[m], out_dtype):
             outs[m], = mix(rows[m:m + 1, used[m]], [raws[n] for n in used[m]], [dtypes[n] for n in used[m]], out_dtype)
@@ -889,7 +894,7 @@ def _layout(opened: Mapping[int, Checkpoint]) -> tuple[dict[str, Entry], dict[st
 
 # ---- 5. Averages in memory ----------------------------------------------------------------------------------------------------------
 
-TILE = 1 << 20  # bytes read at a time from each checkpoint
+TILE = 1 << 21  # bytes of doubles at a time from each checkpoint, so half of it in float32
 
 
 def average(source, scheme=None, at: int | None = None, key: str | None = None) -> dict:
@@ -1116,7 +1121,8 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads
              for (path, target), weights in zip(outputs.items(), rows, strict=True)]
     like = Path(like or opened[max(opened)].path)
     _refuse(sinks, trajectory, like)
-    width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // BLOCK, 1) * BLOCK  # values per tile, in whole blocks
+    block = _block(len(opened))
+    width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // block, 1) * block  # values per tile, in whole blocks
     matrix = np.array([[weights.get(step, 0.0) for step in opened] for weights in rows])
     journal, written = sinks[0].part.with_suffix(".journal"), sum(sink.nbytes for sink in sinks)
     try:
