@@ -793,7 +793,7 @@ def _block(n: int) -> int:
 def _widen(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Raw bytes of floats as an array of floats that numpy can count with: exact."""
     values = raw.view(DTYPES[dtype][0])
-    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+    return np.left_shift(values, 16, dtype=np.uint32).view(np.float32) if dtype == "BF16" else values
 
 
 def _narrow(values: np.ndarray, dtype: str, raw: np.ndarray) -> None:
@@ -801,14 +801,16 @@ def _narrow(values: np.ndarray, dtype: str, raw: np.ndarray) -> None:
     if dtype != "BF16":
         raw.view(DTYPES[dtype][0])[:] = values
         return
-    # Rounding to fp32 and then to bf16 could land one ulp off; rounding to odd in between keeps the second rounding exact.
     single = values.astype(np.float32)
-    error = values - single
-    bits = single.view(np.uint32)
-    bits -= ((error < 0) & (single > 0)) | ((error > 0) & (single < 0))  # back toward zero
-    bits |= error != 0
+    bits, nan = single.view(np.uint32), np.isnan(single)
+    # Rounding twice, to fp32 and to bf16, errs only where the first rounding lands half-way between two bf16: there, step off to its side.
+    half = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+    aside = np.abs(values[half]) - np.abs(single[half])
+    bits[half] += (aside > 0).astype(np.uint32) - (aside < 0).astype(np.uint32)
     bits += 0x7FFF + ((bits >> 16) & 1)
-    raw.view(np.uint16)[:] = np.where(np.isnan(values), 0x7FC0, bits >> 16)
+    bits >>= 16
+    bits[nan] = 0x7FC0
+    raw.view(np.uint16)[:] = bits
 
 
 def _finite(raw: np.ndarray, dtype: str) -> bool:
