@@ -877,6 +877,7 @@ def job(run, out, prelude="", call="None"):
     outputs = ", ".join(f"{str(out / n)!r} + '.safetensors': (lawa_core.lawa({k}), {at})" for n, (k, at) in RECIPE.items())
     return [sys.executable, "-c", f"""
 import os, signal, sys, lawa_core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 {prelude}
 lawa_core.average_files(lawa_core.open_trajectory({str(run)!r}), {{{outputs}}}, tile=65536, threads=1, progress={call})
 """]
