@@ -87,11 +87,11 @@ locked_setup() {
 
 # --- test ---
 
-run_tests() { # two workers, a file each at a time: a notebook's cells share a kernel, many tests of a file a fixture
+run_tests() { # tests on two workers, a file each at a time, since they share fixtures; notebooks use all cores by themselves
   local status=0
   python3 -m ruff check . </dev/null || status=1
   python3 -m pytest -n 2 --dist loadfile tests/ </dev/null || status=1
-  python3 -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/ </dev/null || status=1
+  python3 -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/ </dev/null || status=1
   return $status
 }
 
