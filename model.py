@@ -231,7 +231,8 @@ class GPT(nn.Module):
 
     def losses(self, idx, targets, memory: int = 1 << 26):
         """Losses in nats per token, (B, T), with no more than about `memory` bytes of logits at a time; for evaluation."""
-        x, rows = self.hidden(idx).flatten(0, 1), min(max(memory // (4 * self.config.vocab_size), 1), IN_CACHE)
+        x, rows = self.hidden(idx).flatten(0, 1), max(memory // (4 * self.config.vocab_size), 1)
+        rows = min(rows, IN_CACHE) if x.device.type == "cpu" else rows
         parts = [F.cross_entropy(F.linear(part, self.head).float(), answers, reduction="none")
                  for part, answers in zip(x.split(rows), targets.flatten().split(rows), strict=True)]
         return torch.cat(parts).view_as(targets)

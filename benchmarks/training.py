@@ -267,8 +267,8 @@ def costs(args, folder):
         steps = itertools.count(1)  # an average passes over a step that it has taken
         work = {"step": ours.step,
                 "checkpoint": functools.partial(lawa_core.save, folder / "checkpoint.safetensors", ours.model.state_dict()),
-                "ema": lambda average=one, steps=steps: average.update(next(steps)),
-                "ema3": lambda average=three, steps=steps: average.update(next(steps)),
+                **{name: lambda average=average, steps=steps: average.update(next(steps))
+                   for name, average in (("ema", one), ("ema3", three))},
                 "evaluation": functools.partial(model.evaluate, ours.model, corpus, blocks)}
         for call in work.values():  # warms up
             call()

@@ -594,7 +594,7 @@ import lawa_core
 trajectory = lawa_core.open_trajectory({str(folder)!r})
 print(measured(lambda: lawa_core.average_files(trajectory, {{{str(out)!r}: (lawa_core.lawa(5), 4)}}, threads=1))[0])
 """, "-W", "ignore")
-    assert float(peak) < {"transposed pt": 48, "dcp": 24 + 7 * 16}.get(kind, 24)
+    assert float(peak) < {"transposed pt": 40, "dcp": 24 + 7 * 16}.get(kind, 24)
     got = ref.read_safetensors(out)[0]["b"]
     got = got.t() if kind == "transposed pt" else got
     assert got[3, 1000:1010].tolist() == base["b"][3, 1000:1010].tolist()

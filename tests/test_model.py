@@ -686,12 +686,15 @@ def torchrun(script, config, folder, *options, **environment):
 
 
 def test_two_ranks_are_one_run(config, tmp_path):
-    """torchrun with two processes: the same batches, losses and weights within fp32 noise; the same bits when a rank is lost on the way."""
-    one, two, lost = train(config, tmp_path / "one"), tmp_path / "two", tmp_path / "lost"
-    done = torchrun(ROOT / "model.py", config, two, "--standalone")
-    assert done.returncode == 0, done.stderr[-2000:]
+    """torchrun with two processes: the same batches, losses and weights within fp32 noise; and the same bits when it is run again, or when
+    a rank is lost on the way."""
+    one, two, again, lost = train(config, tmp_path / "one"), *(tmp_path / name for name in ("two", "again", "lost"))
+    for folder in (two, again):
+        done = torchrun(ROOT / "model.py", config, folder, "--standalone")
+        assert done.returncode == 0, done.stderr[-2000:]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
     assert_near(weights(two, 12), weights(one, 12), ref.read_safetensors(one / "ckpt_2.safetensors")[0], 2e-3)
+    assert_same_run(again, two)
     (script := tmp_path / "loses_a_rank.py").write_text(LOSES_A_RANK)
     done = torchrun(script, config, lost, "--standalone", "--max_restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as documented
     assert done.returncode == 0, done.stderr[-2000:]

@@ -308,7 +308,7 @@ def test_memory_is_the_window(tmp_path):
             del state
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        tiles = k * lawa_core.TILE * 8  # tiles in double, and what reading takes
+        tiles = k * lawa_core.TILE * 4  # tiles in double, and what reading takes
         assert peak <= most + tiles, f"{peak / one:.2f} checkpoints"
 
 
