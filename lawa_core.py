@@ -308,7 +308,7 @@ def _read_tensor(tensor, start: int, stop: int) -> np.ndarray:
     if tensor.is_contiguous() or last - first == tensor.numel():
         part = tensor.contiguous().view(-1)[first:last].cpu()
     else:
-        places = torch.arange(first, last, device=tensor.device).split(1 << 16)  # an index takes 8 bytes a value and axis: few at a time
+        places = torch.arange(first, last, device=tensor.device).split(1 << 13)  # an index takes 8 bytes a value and axis: few at a time
         part = torch.cat([tensor[torch.unravel_index(some, tensor.shape)].cpu() for some in places])
     return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy().view(np.uint8).copy()
 
