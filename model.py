@@ -7,6 +7,7 @@ LAWA paper (arXiv 2306.03241): pre-norm, tied embeddings, no biases, attention s
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -17,6 +18,8 @@ import json
 import math
 import os
 import re
+import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -990,29 +993,55 @@ def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path
     cores = os.cpu_count() or 1
     jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores)
     threads = str(max(cores // jobs, 1))  # however many runs are missing: the bits depend on it
-    report, running, failed = _Report(missing, every), {}, []
+    report, idle, busy, failed = _Report(missing, every), [], {}, []
     try:
-        while missing or running:
-            while missing and len(running) < jobs:
-                folder = next(iter(missing))
-                command = [sys.executable, str(ROOT / "model.py"), "train", *flags(missing.pop(folder))]
-                running[folder] = subprocess.Popen([*command, "--out_dir", str(folder), "--threads", threads],
-                                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            time.sleep(0.1)
-            for folder, process in [(f, p) for f, p in running.items() if p.poll() is not None]:
-                del running[folder]
-                if process.returncode:
-                    message = (process.stderr.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-                    failed.append(f"{folder.name}: {message.removeprefix('error: ')}")
-            report(len(missing) + len(running))
+        while missing or busy:
+            while missing and len(busy) < jobs:
+                folder, worker = next(iter(missing)), idle.pop() if idle else _worker()
+                words = (*flags(missing.pop(folder)), "--out_dir", str(folder), "--threads", threads)
+                print(shlex.join(words), file=worker.stdin, flush=True)
+                busy[worker] = folder
+            answered = select.select([worker.stdout for worker in busy], [], [], 1.0)[0]
+            for worker in [worker for worker in busy if worker.stdout in answered]:
+                folder, answer = busy.pop(worker), worker.stdout.readline()
+                if answer != DONE:
+                    failed.append(f"{folder.name}: {answer.strip() or f'its process ended with exit status {worker.wait()}'}")
+                idle += [worker] if answer else []
+            report(len(missing) + len(busy))
     finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+        for worker in (*busy, *idle):
+            worker.terminate()
+        for worker in (*busy, *idle):
+            worker.communicate()
     if failed:
         raise LawaError("; ".join(failed))
     return [folder for folder, _ in runs]
+
+
+def _worker() -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "model.py"), "work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True)
+
+
+DONE = "done\n"
+
+
+def work() -> int:
+    """Train the runs that come on stdin, a line of options of `train` each, and answer each on stdout: done, or what went wrong.
+
+    For `train_all`: starting Python and torch takes three seconds, which a short run should not pay again.
+    """
+    for line in sys.stdin:
+        answer = DONE
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                _train(vars(_parser().parse_args(["train", *shlex.split(line)])))
+        except Exception as error:
+            said = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else repr(error)
+            answer = " ".join(said.split()) + "\n"
+        print(answer, end="", flush=True)
+        torch.compiler.reset()  # the next run's model is another
+    return 0
 
 
 class _Report:
@@ -1052,6 +1081,7 @@ def flags(config: Config) -> list[str]:
 # ---- 6. Evaluation ------------------------------------------------------------------------------------------------------------------
 
 BLOCKS = 128  # validation blocks by default
+SMALL = 1 << 24  # parameters
 VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row in eval.csv
 
 
@@ -1100,11 +1130,8 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     missing = cache.missing(at, schemes)
     wanted = {name: scheme for name, scheme in schemes.items() if name == "run" or any(cache.get(step, scheme) is None for step in missing)}
     own, begun, told = None, time.monotonic(), time.monotonic()
-    if missing:
-        model = model.to(device) if model else blank(shape, device)
-    for done, (step, name, state) in enumerate(_states(trajectory, folder, wanted, missing), 1):
-        model.load_state_dict(state)
-        losses = evaluate(model, corpus, n_blocks)
+    averages = _states(trajectory, folder, wanted, missing)
+    for done, (step, name, losses) in enumerate(_losses(averages, shape, corpus, n_blocks, device, model), 1):
         own = losses if name == "run" else own  # comes first at every step
         cache.add(step, schemes[name], losses, own)
         if time.monotonic() - told > every:
@@ -1115,6 +1142,34 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     if missing:
         cache.write()
     return cache.table(trajectory.name, at, schemes, corpus)
+
+
+def _losses(states, shape: GPTConfig, corpus: Corpus, n_blocks: int, device: torch.device, model: GPT | None):
+    """(step, name, losses) of each (step, name, weights), in order, while the next averages are made.
+
+    Small models are evaluated side by side on a CPU, each on a core of its own: one does not keep several busy. A `model` is used as it is.
+    """
+    threads = torch.get_num_threads()
+    jobs = threads if device.type == "cpu" and not model and _parameters(shape)[0] <= SMALL else 1
+    models, coming = [model or blank(shape, device) for _ in range(jobs)], collections.deque()
+
+    def losses(state):
+        free = models.pop()  # as many as there are threads in the pool
+        free.to(device).load_state_dict(state)
+        found = evaluate(free, corpus, n_blocks)
+        models.append(free)
+        return found
+    try:
+        with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)) as pool:
+            for step, name, state in states:
+                coming.append((step, name, pool.submit(losses, state)))
+                if len(coming) > jobs:
+                    step, name, found = coming.popleft()
+                    yield step, name, found.result()
+            for step, name, found in coming:
+                yield step, name, found.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _of_run(run) -> tuple[GPTConfig, Corpus]:
@@ -1335,6 +1390,7 @@ def _parser() -> argparse.ArgumentParser:
             for flag, kind, default, help in TRAIN:
                 sub.add_argument(f"--{flag}", type=kind, default=default, help=help)
             sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    commands.add_parser("work", help="train the runs that come on stdin, a line of options of `train` each", **style)
     sub = commands.add_parser("sample", help="print text from a run or its average", **style)
     sub.add_argument("run", help="run folder")
     for flag, kind, default, help in SAMPLE:
@@ -1354,18 +1410,25 @@ def _configured(args: dict) -> Config:
     return scale_config(scale_values(scale) if scale else {}, **{name: value for name, value in given.items() if value is not None})
 
 
+def _train(args: dict) -> Path | str:
+    """What `train`, or `plan`, does with the command line's values: the run's folder, or the plan."""
+    command, config = args.pop("command"), _configured(args)
+    args["keep"] = args["keep"] and lawa_core.parse_scheme(args["keep"])
+    args["disk_budget"] = math.inf if args["disk_budget"] is None else args["disk_budget"] * 1e9
+    return plan([config], **args) if command == "plan" else train(config, **args, progress=_Bar("steps", 1))
+
+
+def _sample(args: dict) -> str:
+    del args["command"]
+    return sample(**args | {"scheme": args["scheme"] and lawa_core.parse_scheme(args["scheme"])})
+
+
 def main(argv=None) -> int:
     args = vars(_parser().parse_args(argv))
-    command = args.pop("command")
     try:
-        if command == "sample":
-            args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
-            print(sample(**args))
-            return 0
-        config = _configured(args)
-        args["keep"] = args["keep"] and lawa_core.parse_scheme(args["keep"])
-        args["disk_budget"] = math.inf if args["disk_budget"] is None else args["disk_budget"] * 1e9
-        print(plan([config], **args) if command == "plan" else train(config, **args, progress=_Bar("steps", 1)))
+        if args["command"] == "work":
+            return work()
+        print(_sample(args) if args["command"] == "sample" else _train(args))
     except KeyboardInterrupt:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1365,6 +1366,26 @@ def test_train_all(config, tmp_path, monkeypatch, capsys):
     assert " left" in capsys.readouterr().out
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing to do: not even a process is started
     assert model.train_all([seeds[1], *seeds]) == [run_dir(seeds[1]), *map(run_dir, seeds)]
+
+
+def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, monkeypatch):
+    """Runs that share a process, also after one that failed in it, share nothing else."""
+    monkeypatch.setattr(model, "RUNS", tmp_path / "together")
+    runs = [changed(config, lr=1e30, warmup_iters=0), changed(config, seed=1), changed(config, preset="nano", averages="ema(0.9)")]
+    with pytest.raises(LawaError):
+        model.train_all(runs, jobs=1)
+    for number, one in enumerate(runs[1:]):
+        assert_same_run(run_dir(one), train(one, tmp_path / str(number), threads=os.cpu_count()))
+
+
+@pytest.mark.parametrize("line, words", [("--lr -1", "lr"), ("--preset giant", "preset"), ("--out_dir /proc/none", "/proc/none")])
+def test_a_worker_answers_every_line(line, words, config, tmp_path):
+    """What went wrong in one line, and the next run is trained."""
+    good = shlex.join([*model.flags(config), "--out_dir", str(tmp_path / "a run")])
+    done = subprocess.run([sys.executable, model.__file__, "work"], input=f"{line}\n{good}\n", capture_output=True, text=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and len(said) == 2 and words in said[0] and said[1] == "done"
+    assert (tmp_path / "a run" / "summary.json").exists()
 
 
 # ---- importing, compiling -----------------------------------------------------------------------------------------------------------
