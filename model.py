@@ -1,8 +1,7 @@
-"""The nanoGPT: a GPT-2 (or, by configuration, a GPT-NeoX) that trains on one machine and leaves a trajectory of checkpoints behind.
+"""The nanoGPT: train a GPT on one machine, leave a trajectory of checkpoints behind, and evaluate averages along it.
 
-The sections follow the data: the model, Hugging Face folders, corpora, a run's configuration, training, evaluation, scales, text,
-command line. Losses are nats per token. The architecture and its names are GPT-2's (Radford et al. 2019); the recipe is the one of the
-LAWA paper (arXiv 2306.03241): pre-norm, tied embeddings, no biases, attention scores also divided by the layer's number.
+The sections follow the data: a run's configuration, training, evaluation, scales, text, command line; the network itself is in gpt.py,
+corpora in corpora.py. Losses are nats per token. The recipe is the one of the LAWA paper (arXiv 2306.03241).
 """
 from __future__ import annotations
 
@@ -17,19 +16,17 @@ import hashlib
 import json
 import math
 import os
-import re
 import select
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,489 +34,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lawa_core
+from corpora import ROOT, Corpus, open_corpus
+from gpt import GPT, PRESETS, GPTConfig, blank, preset
 from lawa_core import JobFailed, LawaError, checkpoint_name, scheme_dir
 
-ROOT = Path(__file__).resolve().parent
-DATA, RUNS = ROOT / "data", ROOT / "runs"
+RUNS = ROOT / "runs"
 
 
-# ---- 1. The model -------------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class GPTConfig:
-    n_layer: int
-    n_head: int
-    n_embd: int  # width; n_head must divide it
-    block_size: int  # longest sequence, tokens
-    vocab_size: int
-    bias: bool = False  # in linear layers and layer norms; OpenAI's GPT-2 has them, the paper's models do not
-    scale_attn_by_inverse_layer_idx: bool = True  # attention scores divided by (layer index + 1), as in the paper's code
-    gelu: str = "tanh"  # "tanh" is GPT-2's approximation, "none" the exact function
-    # What GPT-NeoX (Black et al. 2022) does differently:
-    rotary: float = 0.0  # share of each head's width turned by the token's position; 0: learned position embeddings
-    parallel: bool = False  # attention and MLP both read the block's input, instead of the MLP reading attention's output
-    tied: bool = True  # the embedding is also the output layer
-    eps: float = 1e-5  # of the layer norms
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise LawaError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
-        if not 0 <= self.rotary <= 1 or self.rotary_width % 2:
-            raise LawaError(f"rotary must turn an even part of a head's width {self.n_embd // self.n_head}, got {self.rotary}")
-
-    @property
-    def rotary_width(self) -> int:
-        return int(self.n_embd // self.n_head * self.rotary)
-
-
-NEOX = {"bias": True, "scale_attn_by_inverse_layer_idx": False, "gelu": "none", "rotary": 0.25, "parallel": True, "tied": False}
-
-# name: layers, heads, width, block size, and what is not as in the paper's GPT-2; parameters without embeddings are 12 * layers * width^2
-PRESETS = {
-    "pico": (2, 2, 32, 64),  # 0.02M
-    "nano": (2, 2, 64, 64),  # 0.1M, for tests and smoke
-    "micro": (2, 4, 128, 128),  # 0.4M
-    "milli": (3, 4, 192, 128),  # 1.3M
-    "mini": (4, 4, 256, 128),  # 3M
-    "midi": (6, 6, 384, 256),  # 11M
-    "gpt2-small": (12, 12, 768, 1024),  # 85M; the paper's three sizes
-    "gpt2-medium": (24, 16, 1024, 1024),  # 302M
-    "gpt2-large": (36, 20, 1280, 1024),  # 708M
-    "neox-nano": (2, 4, 96, 128, NEOX),  # 0.2M, for replays without the Hub
-    "pythia-70m": (6, 8, 512, 2048, NEOX),  # 19M; each also as -deduped: same shape, other data (arXiv 2304.01373)
-    "pythia-160m": (12, 12, 768, 2048, NEOX),  # 85M
-    "pythia-410m": (24, 16, 1024, 2048, NEOX),  # 302M
-    "pythia-1b": (16, 8, 2048, 2048, NEOX),  # 805M
-    "pythia-1.4b": (24, 16, 2048, 2048, NEOX),  # 1.2G
-    "pythia-2.8b": (32, 32, 2560, 2048, NEOX),  # 2.5G
-    "pythia-6.9b": (32, 32, 4096, 2048, NEOX),  # 6.4G
-    "pythia-12b": (36, 40, 5120, 2048, NEOX),  # 11.3G
-}
-PADDED = {"pythia-6.9b": 256, "pythia-12b": 512}  # vocabularies padded to a multiple: of 128 times the devices a layer was split over
-
-
-def preset(name: str, vocab_size: int) -> GPTConfig:
-    """The architecture of that name for a vocabulary (padded to a multiple of 64, which matrix units like)."""
-    name = name.removesuffix("-deduped")
-    if name not in PRESETS:
-        raise LawaError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    n_layer, n_head, n_embd, block_size, *other = PRESETS[name]
-    multiple = PADDED.get(name, 64)
-    return GPTConfig(n_layer, n_head, n_embd, block_size, -(-vocab_size // multiple) * multiple, **(other[0] if other else {}))
-
-
-class LayerNorm(nn.Module):
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(c.n_embd))
-        self.bias = nn.Parameter(torch.zeros(c.n_embd)) if c.bias else None
-        self.eps = c.eps
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-ROTARY_BASE = 10_000  # of the wavelengths, as in Su et al. (arXiv 2104.09864)
-
-
-def rotary_table(T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, each (T, width), of position times frequency; float32."""
-    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.outer(torch.arange(T, device=device), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn the first `width` values of each head, as width / 2 pairs (i, i + width / 2), by the token's position. x: (B, nh, T, hs)."""
-    turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    a, b = turned.chunk(2, -1)
-    return torch.cat(((turned * cos + torch.cat((-b, a), -1) * sin).type_as(x), kept), -1)
-
-
-class Attention(nn.Module):
-    def __init__(self, c: GPTConfig, layer: int):
-        super().__init__()
-        self.n_head = c.n_head
-        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.scale = (c.n_embd // c.n_head) ** -0.5 / (layer + 1 if c.scale_attn_by_inverse_layer_idx else 1)
-
-    def forward(self, x, rotary=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        if rotary:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
-        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
-        self.gelu = c.gelu
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
-
-
-class Block(nn.Module):
-    def __init__(self, c: GPTConfig, layer: int):
-        super().__init__()
-        self.ln_1, self.attn = LayerNorm(c), Attention(c, layer)
-        self.ln_2, self.mlp = LayerNorm(c), MLP(c)
-        self.parallel = c.parallel
-
-    def forward(self, x, rotary=None):
-        y = x + self.attn(self.ln_1(x), rotary)
-        return y + self.mlp(self.ln_2(x if self.parallel else y))
-
-
-# The logits are the largest array of a small model's step. On a CPU they are made, turned into gradients and dropped a few hundred tokens
-# at a time, which keeps them in the cache: a step of the laptop's size takes 15% less. Compilers and GPUs want them whole.
-IN_CACHE = 512  # tokens
-
-
-class GPT(nn.Module):
-    """GPT-2, or GPT-NeoX by configuration.
-
-    `GPT(config, seed)` draws its weights from a generator of its own: normal(0, 0.02), residual projections / sqrt(2 n_layer).
-    """
-
-    def __init__(self, config: GPTConfig, seed: int = 0):
-        super().__init__()
-        self.config, device = config, torch.get_default_device()
-        with torch.device("meta"):  # torch's own initialization would take time, and numbers from the global generator
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
-            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.ln_f = LayerNorm(config)
-            self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device=device)
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1), generator=generator)
-            else:
-                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-
-    @property
-    def head(self) -> torch.Tensor:
-        """The output layer's weights, (vocab, C)."""
-        return (self.lm_head or self.wte).weight
-
-    def hidden(self, idx):
-        """idx: (B, T) int64. Returns what the output layer reads, (B, T, C)."""
-        T = idx.shape[1]
-        if self.config.block_size < T:
-            raise LawaError(f"sequences have at most block_size = {self.config.block_size} tokens, got {T}")
-        x, rotary = self.wte(idx), None  # (B, T, C)
-        if self.config.rotary:
-            rotary = rotary_table(T, self.config.rotary_width, idx.device)
-        else:
-            x = x + self.wpe.weight[:T]
-        for block in self.h:
-            x = block(x, rotary)
-        return self.ln_f(x)
-
-    def forward(self, idx, targets=None):
-        """idx, targets: (B, T) int64. Returns (logits (B, T, vocab), None), or with targets (None, mean loss in nats)."""
-        x = self.hidden(idx)
-        if targets is None:
-            return F.linear(x, self.head), None
-        whole = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        pieces = None if whole else nn.LinearCrossEntropyOptions(batch_chunk_size=IN_CACHE)
-        return None, F.linear_cross_entropy(x.flatten(0, 1), self.head, targets.flatten(), options=pieces)
-
-    def losses(self, idx, targets, memory: int = 1 << 26):
-        """Losses in nats per token, (B, T), with no more than about `memory` bytes of logits at a time; for evaluation."""
-        x, rows = self.hidden(idx).flatten(0, 1), max(memory // (4 * self.config.vocab_size), 1)
-        rows = min(rows, IN_CACHE) if x.device.type == "cpu" else rows
-        parts = [F.cross_entropy(F.linear(part, self.head).float(), answers, reduction="none")
-                 for part, answers in zip(x.split(rows), targets.flatten().split(rows), strict=True)]
-        return torch.cat(parts).view_as(targets)
-
-    def size(self) -> int:
-        """Parameters, learned position embeddings left out (nanoGPT's count)."""
-        return sum(p.numel() for name, p in self.named_parameters() if name != "wpe.weight")
-
-
-# ---- 2. Hugging Face folders --------------------------------------------------------------------------------------------------------
-
-GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 keeps (in, out), torch's Linear (out, in)
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How Hugging Face writes one architecture; the dictionaries go from our names to theirs."""
-    class_name: str
-    fields: dict  # of config.json
-    implied: dict  # our fields that this architecture fixes
-    needed: dict  # fields of config.json that must have this value
-    parts: dict  # of tensors' names
-
-
-DIALECTS = {  # by config.json's model_type
-    "gpt2": Dialect(
-        "GPT2LMHeadModel",
-        {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions", "vocab_size": "vocab_size",
-         "gelu": "activation_function", "eps": "layer_norm_epsilon", "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx"},
-        {"rotary": 0.0, "parallel": False, "tied": True}, {"tie_word_embeddings": True, "scale_attn_weights": True},
-        {"wte": "transformer.wte", "wpe": "transformer.wpe", "h": "transformer.h", "ln_f": "transformer.ln_f"}),
-    "gpt_neox": Dialect(
-        "GPTNeoXForCausalLM",
-        {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size", "vocab_size": "vocab_size",
-         "block_size": "max_position_embeddings", "gelu": "hidden_act", "eps": "layer_norm_eps", "rotary": "rotary_pct",
-         "parallel": "use_parallel_residual"},
-        {"scale_attn_by_inverse_layer_idx": False, "tied": False},
-        {"tie_word_embeddings": False, "attention_bias": True, "rotary_emb_base": ROTARY_BASE},
-        {"wte": "gpt_neox.embed_in", "h": "gpt_neox.layers", "ln_f": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
-         "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_attn": "attention.query_key_value",
-         "attn.c_proj": "attention.dense", "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"}),
-}
-
-
-def dialect(config: GPTConfig) -> str:
-    """Hugging Face's model_type for a configuration; LawaError if it has none."""
-    kind = "gpt_neox" if config.rotary else "gpt2"
-    odd = [f"{name} = {getattr(config, name)}" for name, value in DIALECTS[kind].implied.items() if getattr(config, name) != value]
-    if odd:
-        raise LawaError(f"Hugging Face has no {kind} with {', '.join(odd)}; such a model cannot be written as a folder")
-    return kind
-
-
-def hf_name(name: str, kind: str) -> str:
-    """Hugging Face's name of one of our tensors."""
-    for ours, theirs in DIALECTS[kind].parts.items():
-        name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", name)
-    return name
-
-
-def _relaid(tensor, name: str, config: GPTConfig, outward: bool):
-    """One of our tensors laid out as Hugging Face's (outward) or back; a view where it can be one."""
-    if not config.rotary:
-        return tensor.T if name.endswith(TRANSPOSED) else tensor
-    if ".c_attn." not in name:
-        return tensor
-    # Our rows: all queries, all keys, all values; GPT-NeoX's: query, key and value of each head in turn.
-    rows = (3, config.n_head) if outward else (config.n_head, 3)
-    return tensor.unflatten(0, (*rows, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def hf_config(folder) -> GPTConfig:
-    """The configuration of a Hugging Face GPT-2 or GPT-NeoX folder; LawaError for any other."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise LawaError(f"{folder} has no config.json; expected a Hugging Face GPT-2 or GPT-NeoX folder")
-    hf = json.loads((folder / "config.json").read_text())
-    kind, rope = hf.get("model_type"), hf.get("rope_parameters") or {}  # transformers 5 writes the rotary fields in there
-    if kind not in DIALECTS:
-        raise LawaError(f"{folder} holds a {kind}; expected one of {', '.join(DIALECTS)}")
-    hf = {"rotary_pct": rope.get("partial_rotary_factor", 0.25), "rotary_emb_base": rope.get("rope_theta", ROTARY_BASE)} | hf
-    known = {ours: hf[theirs] for ours, theirs in DIALECTS[kind].fields.items() if theirs in hf}
-    width = 4 * known["n_embd"]
-    needed = DIALECTS[kind].needed | {"intermediate_size": width, "n_inner": width}  # absent or null: 4 times the width
-    odd = [f"{name} is {hf[name]}, expected {value}" for name, value in needed.items() if hf.get(name) not in (None, value)]
-    if known.setdefault("gelu", "gelu_new" if kind == "gpt2" else "gelu") not in GELUS:
-        odd.append(f"activation {known['gelu']}, expected one of {', '.join(GELUS)}")
-    if odd:
-        raise LawaError(f"{folder / 'config.json'}: {'; '.join(odd)}")
-    known["gelu"] = GELUS[known["gelu"]]
-    return GPTConfig(**{"scale_attn_by_inverse_layer_idx": False, "bias": True} | DIALECTS[kind].implied | known)
-
-
-@torch.no_grad()
-def fill(model: GPT, tensors) -> GPT:
-    """Copy {Hugging Face's name: tensor} into the model, one at a time, from any float type and device. Other tensors are passed over."""
-    kind = dialect(model.config)
-    for name, parameter in model.named_parameters():
-        theirs = hf_name(name, kind)
-        if theirs not in tensors:  # saved without its output layer, as a bare backbone
-            theirs = theirs.removeprefix("transformer.").removeprefix("gpt_neox.")
-        tensor = _relaid(tensors[theirs], name, model.config, outward=False) if theirs in tensors else None
-        if tensor is None or tensor.shape != parameter.shape:
-            found = "is not there" if tensor is None else f"has shape {list(tensor.shape)}"
-            raise LawaError(f"{theirs} {found}; expected {list(parameter.shape)} by its config.json")
-        parameter.copy_(tensor)
-    return model
-
-
-def load_hf(folder) -> GPT:
-    """A GPT, float32, from a Hugging Face GPT-2 or GPT-NeoX folder (safetensors or .bin, sharded or not); logits as in `transformers`."""
-    return fill(blank(hf_config(folder)), lawa_core.open_checkpoint(folder))
-
-
-def blank(config: GPTConfig, device="cpu", dtype=torch.float32) -> GPT:
-    """A GPT whose weights are not set, made on the device itself: for `fill`."""
-    with torch.device("meta"):
-        return GPT(config).to(dtype).to_empty(device=device).eval()
-
-
-def save_hf(folder, config: GPTConfig, state) -> None:
-    """Write {name: tensor} of a GPT (a run's weights, or an average of them) as a folder that `transformers` loads."""
-    kind, state = dialect(config), dict(state)
-    for name, tensor in list(state.items()) if not config.bias else []:  # Hugging Face's always have biases; ours are zero
-        if not name.startswith(("wte.", "wpe.", "lm_head.")):
-            state[name.replace("weight", "bias")] = torch.zeros(tensor.shape[0], dtype=tensor.dtype)
-    tensors = {hf_name(name, kind): _relaid(tensor, name, config, outward=True).contiguous() for name, tensor in state.items()}
-    fields = {"architectures": [DIALECTS[kind].class_name], "model_type": kind, **DIALECTS[kind].needed,
-              **{theirs: getattr(config, ours) for ours, theirs in DIALECTS[kind].fields.items()},
-              **({"intermediate_size": 4 * config.n_embd} if config.rotary else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-              DIALECTS[kind].fields["gelu"]: "gelu_new" if config.gelu == "tanh" else "gelu"}
-    write_hf(folder, tensors, fields)
-
-
-def write_hf(folder, tensors, fields: dict, like=None) -> None:
-    """Write tensors under Hugging Face's names, a config.json of `fields` and their real dtype, and the tokenizer of the folder `like`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for source in [path for pattern in lawa_core.COPIED for path in Path(like).glob(pattern)] if like else []:
-        shutil.copyfile(source, Path(folder) / source.name)
-    lawa_core.save(Path(folder) / "model.safetensors", tensors)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    with lawa_core.replacing(Path(folder) / "config.json") as part:
-        part.write_text(json.dumps({name: value for name, value in fields.items() if name != "torch_dtype"} | {"dtype": dtype}, indent=2))
-
-
-# ---- 3. Corpora ---------------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Corpus:
-    """data/NAME/: train.bin and val.bin, raw little-endian uint16 token ids (nanoGPT's format), described by meta.json."""
-    folder: Path
-    meta: dict
-    train: np.ndarray | Shards  # (tokens,) uint16, mapped; empty where the text only serves to evaluate
-    val: np.ndarray | Shards
-
-    @property
-    def name(self) -> str:
-        return self.meta["name"]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.meta["vocab_size"]
-
-    @functools.cached_property
-    def val_bytes_per_token(self) -> float:
-        """Bytes of text per token (an end-of-text has none); measured where meta.json does not say, nan without the tokenizer at hand."""
-        if "val_bytes" in self.meta:
-            return self.meta["val_bytes"] / self.meta["val_tokens"]
-        try:
-            tokenizer = self.tokenizer()
-        except OSError:  # tiktoken cannot download it
-            return math.nan
-        counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
-        sizes = np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(self.vocab_size)])
-        sizes[self.meta["eot_token"]] = 0
-        return float(counts @ sizes / counts.sum())
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the text, the split and the tokenizer; part of a run's name."""
-        kept = {key: value for key, value in self.meta.items() if key not in ("python", "name")}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-
-    def tokenizer(self):
-        """tiktoken.Encoding: the corpus's own, or one of tiktoken's; encode_ordinary and decode alone for a model's tokenizer.json."""
-        import base64
-
-        import tiktoken
-        if self.meta["tokenizer"] == "tokenizer.json":
-            from tokenizers import Tokenizer
-            own = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            return SimpleNamespace(encode_ordinary=lambda text: own.encode(text, add_special_tokens=False).ids, decode=own.decode)
-        if not (self.folder / self.meta["tokenizer"]).exists():
-            return tiktoken.get_encoding(self.meta["tokenizer"])
-        lines = (self.folder / self.meta["tokenizer"]).read_text().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-        return tiktoken.Encoding(self.name, pat_str=self.meta["pattern"], mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": self.meta["eot_token"]})
-
-
-class Shards:
-    """Mapped files one after another as one array of tokens: len, and slices and integer arrays as indices (they give copies)."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index) -> np.ndarray:
-        index = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
-        which, tokens = np.searchsorted(self.ends, index, "right"), np.empty(index.shape, np.uint16)
-        for i in np.unique(which):
-            tokens[which == i] = self.parts[i][index[which == i] - self.ends[i] + len(self.parts[i])]
-        return tokens
-
-
-def map_tokens(path: Path) -> np.ndarray:
-    """(tokens,) uint16 of a file of nothing but tokens, or of a shard of modded-nanogpt: 256 int32 first, 20240520, 1, tokens."""
-    if not path.stat().st_size:
-        return np.empty(0, "<u2")
-    if path.stat().st_size % 2:
-        raise LawaError(f"{path} has {path.stat().st_size} bytes; expected an even number, of uint16 tokens; fetch or prepare it again")
-    header = np.fromfile(path, "<i4", 256)
-    if tuple(header[:2]) != (20240520, 1):
-        return np.memmap(path, "<u2", mode="r")
-    tokens = np.memmap(path, "<u2", mode="r", offset=1024)
-    if len(tokens) != header[2]:
-        raise LawaError(f"{path} has {len(tokens)} tokens, its header says {header[2]}; fetch it again")
-    return tokens
-
-
-def foreign_corpus(folder: Path) -> Corpus | None:
-    """Token files that others prepared: nanoGPT's train.bin and val.bin, or modded-nanogpt's *_train_*.bin and *_val_*.bin."""
-    if any(folder.glob(".partial-*")) or any(folder.glob("tokenizer.*")):  # a prepare.py of ours was killed in here
-        return None
-    splits = []
-    for split in ("train", "val"):
-        files = [folder / f"{split}.bin"] if (folder / f"{split}.bin").exists() else sorted(folder.glob(f"*_{split}_*.bin"))
-        if not files:
-            return None
-        splits.append(Shards([map_tokens(file) for file in files]) if len(files) > 1 else map_tokens(files[0]))
-    meta = {"name": folder.resolve().name, "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
-    for split, tokens in zip(("train", "val"), splits, strict=True):
-        meta |= {f"{split}_tokens": len(tokens), f"{split}_begin": hashlib.sha256(tokens[:100_000].tobytes()).hexdigest()}
-    return Corpus(folder, meta, *splits)
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def open_corpus(name) -> Corpus:
-    """The corpus data/NAME/ (or any folder), tokens mapped. LawaError with the command to run if it is not there.
-
-    Without a meta.json, nanoGPT's own token files or modded-nanogpt's shards are taken for GPT-2's tokens, and that is said on stderr.
-    """
-    folder = DATA / name if (DATA / str(name)).is_dir() else Path(name)
-    if not (folder / "meta.json").exists() and (found := foreign_corpus(folder)):
-        say_once(f"{folder} has no meta.json: its {len(found.train):,} + {len(found.val):,} tokens are taken for GPT-2's")
-        return found
-    if not (folder / "meta.json").exists():
-        known = DATA / str(name) / "prepare.py"
-        raise LawaError(f"no corpus {str(name)!r}: expected {folder / 'meta.json'}; run " + (
-            f"python {known}" if known.exists() else f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"))
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        splits, counts = [map_tokens(folder / f"{split}.bin") for split in ("train", "val")], [meta["train_tokens"], meta["val_tokens"]]
-        missing = {"name", "vocab_size", "eot_token", "tokenizer"} - set(meta)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        damaged = LawaError(f"{folder}: damaged meta.json or .bin ({error}); prepare it again")
-        raise error if isinstance(error, LawaError) else damaged from None
-    if missing:
-        raise LawaError(f"{folder / 'meta.json'} lacks {', '.join(sorted(missing))}; prepare the corpus again")
-    for split, tokens, count in zip(("train", "val"), splits, counts, strict=True):
-        if len(tokens) != count:
-            raise LawaError(f"{folder / split}.bin has {len(tokens)} tokens, meta.json says {meta[f'{split}_tokens']}; "
-                            "prepare the corpus again")
-    return Corpus(folder, meta, *splits)
-
-
-# ---- 4. A run's configuration -------------------------------------------------------------------------------------------------------
+# ---- 1. A run's configuration -------------------------------------------------------------------------------------------------------
 
 def option(default, help: str):
     return field(default=default, metadata={"help": help})
@@ -658,14 +180,15 @@ def _known(tokens: np.ndarray, corpus: Corpus) -> np.ndarray:
     return tokens
 
 
-# ---- 5. Training --------------------------------------------------------------------------------------------------------------------
+# ---- 2. Training --------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("step", "tokens", "lr", "loss", "grad_norm")  # of metrics.csv: loss in nats per token on the training batch, before the update
 READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
 
 
 def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None, compile: bool | None = None,
-          eval_interval: int = 0, state_seconds: float = 30, keep=None, disk_budget: float = math.inf, progress=None) -> Path:
+          eval_interval: int = 0, state_seconds: float = 30, keep=None, disk_budget: float = math.inf, leave: Collection[int] = (),
+          progress=None) -> Path:
     """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
 
     The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), a trajectory per average, resume.pt while
@@ -676,6 +199,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         eval_interval: steps between validation losses in val.csv; 0: none
         state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
         keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
+        leave: steps whose state stays as state_<step>.pt, for a run that begins with this one (see `begin_with`)
         progress: called with (step, max_iters, loss)
     Errors: LawaError for a bad configuration or a missing corpus; JobFailed for a loss that is not finite or a full disk, the last good
     state is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
@@ -705,7 +229,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             if not (folder / "summary.json").exists():
                 for part in folder.rglob(".*.part") if rank == 0 else ():
                     part.unlink()  # what a killed process was writing
-                _Run(config, corpus, folder, device, threads, compile, rank, world, written).go(eval_interval, state_seconds, progress)
+                run = _Run(config, corpus, folder, device, threads, compile, rank, world, written)
+                run.go(eval_interval, state_seconds, leave, progress)
     return folder
 
 
@@ -828,12 +353,12 @@ class _Run:
         for text, average in self.averages.items():
             average.load_state_dict(saved["averages"][text])
 
-    def save_state(self) -> None:
+    def save_state(self, name: str = "resume.pt") -> None:
         self.writer.wait()  # one copy in memory at a time
         state = {"step": self.done, "threads": torch.get_num_threads(), "model": self.model.state_dict(),
                  "optimizer": self.optimizer.state_dict(),
                  "averages": {text: average.state_dict() for text, average in self.averages.items()}}
-        self.writer.start(lawa_core.save, self.folder / "resume.pt", _on_cpu(state))
+        self.writer.start(lawa_core.save, self.folder / name, _on_cpu(state))
 
     def save_checkpoint(self) -> None:
         self.writer.wait()
@@ -872,7 +397,7 @@ class _Run:
             average.update(self.done)
         return total, norm
 
-    def go(self, eval_interval: int, state_seconds: float, progress) -> None:
+    def go(self, eval_interval: int, state_seconds: float, leave: Collection[int], progress) -> None:
         """Train to the end, or to a signal."""
         config, begun, first, self.saved, self.pending = self.config, time.monotonic(), self.done, time.monotonic(), []
         self.metrics = _Table(self.folder / "metrics.csv", COLUMNS, self.done, self.rank == 0)
@@ -883,6 +408,8 @@ class _Run:
                     loss, norm = self.step()
                     self.pending.append((self.done, self.done * config.tokens_per_step, self.optimizer.param_groups[0]["lr"], loss, norm))
                     self._look(caught, eval_interval, state_seconds, progress)
+                    if self.done in leave and self.rank == 0:
+                        self.save_state(f"state_{self.done}.pt")
                 self.writer.wait()
             except OSError as error:
                 raise JobFailed(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
@@ -984,63 +511,123 @@ def _signals():
 def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path]:
     """Train the runs that are not finished, `jobs` processes at a time sharing the cores, and return all run folders, in order.
 
-    jobs: default $LAWA_JOBS, else one per core on a CPU (small models use one core best), one on a GPU. Prints a line with rate and time
-    left every `every` seconds. Errors: LawaError that names each failed run and its message, once all others are done. Interrupted, the
-    runs save their state.
+    Steps that two of the missing runs share, up to where their rates part, are trained once. jobs: default $LAWA_JOBS, else one per core on
+    a CPU (small models use one core best), one on a GPU. Prints a line with rate and time left every `every` seconds. Errors: LawaError
+    that names each failed run and its message, once all others are done. Interrupted, the runs save their state.
     """
     runs = [(run_dir(config), config) for config in configs]
     missing = {folder: config for folder, config in runs if not (folder / "summary.json").exists()}
     cores = os.cpu_count() or 1
-    jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores)
+    jobs = max(jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores), 1)
     threads = str(max(cores // jobs, 1))  # however many runs are missing: the bits depend on it
-    report, idle, busy, failed = _Report(missing, every), [], {}, []
+    report, trunks, workers, idle, busy, failed = _Report(missing, every), _trunks(missing), [], [], {}, []
     try:
         while missing or busy:
-            while missing and len(busy) < jobs:
-                folder, worker = next(iter(missing)), idle.pop() if idle else _worker()
-                words = (*flags(missing.pop(folder)), "--out_dir", str(folder), "--threads", threads)
-                print(shlex.join(words), file=worker.stdin, flush=True)
+            unfinished = {*missing, *busy.values()}
+            ready = [folder for folder in missing if folder not in trunks or trunks[folder][0] not in unfinished]
+            for folder in ready[:jobs - len(busy)]:
+                idle = [worker for worker in idle if worker.poll() is None]
+                if not idle:
+                    workers.append(_worker())
+                    idle.append(workers[-1])
+                config, worker = missing.pop(folder), idle.pop()
+                if folder in trunks:
+                    begin_with(*trunks[folder], folder, config)
+                leave = ",".join({str(step) for trunk, step in trunks.values() if trunk == folder})
+                words = (*flags(config), "--out_dir", str(folder), "--threads", threads, "--leave", leave)
+                print(json.dumps(words), file=worker.stdin, flush=True)
                 busy[worker] = folder
             answered = select.select([worker.stdout for worker in busy], [], [], 1.0)[0]
             for worker in [worker for worker in busy if worker.stdout in answered]:
                 folder, answer = busy.pop(worker), worker.stdout.readline()
-                if answer != DONE:
-                    failed.append(f"{folder.name}: {answer.strip() or f'its process ended with exit status {worker.wait()}'}")
+                wrong = json.loads(answer) if answer else _last_words(worker)
+                failed += [f"{folder.name}: {wrong}"] if wrong else []
                 idle += [worker] if answer else []
             report(len(missing) + len(busy))
     finally:
-        for worker in (*busy, *idle):
+        for worker in workers:
             worker.terminate()
-        for worker in (*busy, *idle):
+        for worker in workers:
             worker.communicate()
+        for trunk, step in trunks.values():
+            (trunk / f"state_{step}.pt").unlink(missing_ok=True)
     if failed:
         raise LawaError("; ".join(failed))
     return [folder for folder, _ in runs]
 
 
+# what may differ between two configurations that train alike as long as their learning rates are the same
+LATER = ("max_iters", "schedule", "min_lr_frac", "cooldown_frac", "hold_frac", "burst_at", "burst_iters", "burst_factor", "averages")
+
+
+def shared_steps(a: Config, b: Config) -> int:
+    """The steps for which the run b is the run a, bit for bit; 0 as well where b keeps averages that a does not."""
+    same = all(getattr(a, f.name) == getattr(b, f.name) for f in dataclasses.fields(Config) if f.name not in LATER)
+    if not same or not b.online.keys() <= a.online.keys():
+        return 0
+    steps = range(a.init_step, min(a.max_iters, b.max_iters))
+    return next((step for step in steps if learning_rate(a, step) != learning_rate(b, step)), steps.stop)
+
+
+def _trunks(missing: dict[Path, Config]) -> dict[Path, tuple[Path, int]]:
+    """{run: (the run it begins with, for how many steps)}, for runs that share a quarter of their steps or more with one before them."""
+    found, whole = {}, []
+    for folder, config in missing.items():
+        steps, trunk = max(((shared_steps(missing[trunk], config), trunk) for trunk in whole), default=(0, None))
+        if steps < config.max_iters / 4 or (folder / "config.json").exists():
+            whole.append(folder)
+        else:
+            found[folder] = (trunk, steps)
+    return found
+
+
+def begin_with(trunk: Path, step: int, folder: Path, config: Config) -> None:
+    """Give a new run what the run `trunk` was until `step`: checkpoints (as links), metrics and the state that it left.
+
+    Without a state, of a trunk that failed, or if another process has begun the run, nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (state := trunk / f"state_{step}.pt").exists() or (folder / "config.json").exists():
+            return
+        for part in ("", *map(scheme_dir, config.online)):
+            (folder / part).mkdir(exist_ok=True)
+            for path in (trunk / part).glob("ckpt_*.safetensors"):
+                if lawa_core.step_of(path) <= step and not (folder / part / path.name).exists():
+                    os.link(path, folder / part / path.name)
+        shutil.copyfile(trunk / "metrics.csv", folder / "metrics.csv")  # training cuts it back to the state's step
+        os.rename(shutil.copyfile(state, folder / ".resume.part"), folder / "resume.pt")  # last: without it, a run starts at 0
+
+
 def _worker() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / "model.py"), "work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True)
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it is closed and gone with the worker
+    command = [sys.executable, str(ROOT / "model.py"), "work"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    worker.errors = errors
+    return worker
 
 
-DONE = "done\n"
+def _last_words(worker: subprocess.Popen) -> str:
+    """Why a worker ended in the midst of a run."""
+    status = worker.wait()
+    worker.errors.seek(0)
+    return (worker.errors.read().strip().splitlines() or [f"its process ended with exit status {status}"])[-1]
 
 
 def work() -> int:
-    """Train the runs that come on stdin, a line of options of `train` each, and answer each on stdout: done, or what went wrong.
-
-    For `train_all`: starting Python and torch takes three seconds, which a short run should not pay again.
+    """Train the runs that come on stdin, each a line with a JSON list of `train`'s options; answer each with a JSON text, empty or what
+    went wrong. For `train_all`: starting Python and torch takes three seconds, which a short run should not pay again.
     """
     for line in sys.stdin:
-        answer = DONE
+        wrong = ""
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                _train(vars(_parser().parse_args(["train", *shlex.split(line)])))
+                _train(vars(_parser().parse_args(["train", *json.loads(line)])))
+            torch.compiler.reset()  # the next run's model is another
         except Exception as error:
-            said = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else repr(error)
-            answer = " ".join(said.split()) + "\n"
-        print(answer, end="", flush=True)
-        torch.compiler.reset()  # the next run's model is another
+            said = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else ""
+            wrong = " ".join((said or repr(error)).split())
+        print(json.dumps(wrong), flush=True)
     return 0
 
 
@@ -1078,10 +665,10 @@ def flags(config: Config) -> list[str]:
     return [word for f in dataclasses.fields(config) for word in (f"--{f.name}", str(getattr(config, f.name)))]
 
 
-# ---- 6. Evaluation ------------------------------------------------------------------------------------------------------------------
+# ---- 3. Evaluation ------------------------------------------------------------------------------------------------------------------
 
 BLOCKS = 128  # validation blocks by default
-SMALL = 1 << 24  # parameters
+SMALL = 1 << 24  # parameters: up to this size a model is evaluated on one core, several side by side
 VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row in eval.csv
 
 
@@ -1129,17 +716,21 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     cache = _Cache(folder and folder / "eval.csv", n_blocks)
     missing = cache.missing(at, schemes)
     wanted = {name: scheme for name, scheme in schemes.items() if name == "run" or any(cache.get(step, scheme) is None for step in missing)}
-    own, begun, told = None, time.monotonic(), time.monotonic()
+    if not missing:
+        return cache.table(trajectory.name, at, schemes, corpus)
+    own, begun, told, total = None, time.monotonic(), time.monotonic(), len(missing) * len(wanted)
     averages = _states(trajectory, folder, wanted, missing)
-    for done, (step, name, losses) in enumerate(_losses(averages, shape, corpus, n_blocks, device, model), 1):
-        own = losses if name == "run" else own  # comes first at every step
-        cache.add(step, schemes[name], losses, own)
-        if time.monotonic() - told > every:
-            told, total = time.monotonic(), len(missing) * len(wanted)
-            rate = done / (told - begun)
-            print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f}/s, {(total - done) / rate:.0f} s left", flush=True)
-            cache.write()
-    if missing:
+    try:
+        for done, (step, name, losses) in enumerate(_losses(averages, shape, corpus, n_blocks, device, model), 1):
+            own = losses if name == "run" else own  # comes first at every step
+            cache.add(step, schemes[name], losses, own)
+            if time.monotonic() - told > every:
+                told = time.monotonic()
+                rate = done / (told - begun)
+                left = (total - done) / rate
+                print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f}/s, {left:.0f} s left", flush=True)
+                cache.write()
+    finally:
         cache.write()
     return cache.table(trajectory.name, at, schemes, corpus)
 
@@ -1147,10 +738,11 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
 def _losses(states, shape: GPTConfig, corpus: Corpus, n_blocks: int, device: torch.device, model: GPT | None):
     """(step, name, losses) of each (step, name, weights), in order, while the next averages are made.
 
-    Small models are evaluated side by side on a CPU, each on a core of its own: one does not keep several busy. A `model` is used as it is.
+    Small models are evaluated side by side on a CPU, each on a core of its own: one does not keep several busy. A given `model` is the only
+    one used.
     """
     threads = torch.get_num_threads()
-    jobs = threads if device.type == "cpu" and not model and _parameters(shape)[0] <= SMALL else 1
+    jobs = min(threads, 8) if device.type == "cpu" and not model and _parameters(shape)[0] <= SMALL else 1
     models, coming = [model or blank(shape, device) for _ in range(jobs)], collections.deque()
 
     def losses(state):
@@ -1160,7 +752,9 @@ def _losses(states, shape: GPTConfig, corpus: Corpus, n_blocks: int, device: tor
         models.append(free)
         return found
     try:
-        with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)) as pool:
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
+            stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted evaluation does not wait for what is in the queue
             for step, name, state in states:
                 coming.append((step, name, pool.submit(losses, state)))
                 if len(coming) > jobs:
@@ -1185,7 +779,7 @@ def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterato
     """(step, name, weights): averages along the trajectory, each followed at its step by those kept while training."""
     kept = {name: folder / scheme_dir(text) for name, text in schemes.items() if isinstance(text, str)}
     rows = {name: scheme for name, scheme in schemes.items() if name not in kept}
-    for step, name, state in lawa_core.sweep(trajectory, rows, at) if at else ():
+    for step, name, state in lawa_core.sweep(trajectory, rows, at):
         yield step, name, state
         if name == list(rows)[-1]:
             for own, path in kept.items():
@@ -1232,7 +826,7 @@ class _Cache:
                 writer.writerows([*key, *(repr(values[name]) for name in VALUES)] for key, values in sorted(rows.items()))
 
 
-# ---- 7. Scales ----------------------------------------------------------------------------------------------------------------------
+# ---- 4. Scales ----------------------------------------------------------------------------------------------------------------------
 
 # One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The gpt2 scales are the paper's settings
 # with the batch re-cut for one GPU (same tokens per step); the paper does not give its spacing, so those three are ours.
@@ -1336,7 +930,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-# ---- 8. Text ------------------------------------------------------------------------------------------------------------------------
+# ---- 5. Text ------------------------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
@@ -1354,7 +948,7 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
     return tokenizer.decode(idx[0].tolist())
 
 
-# ---- 9. Command line ----------------------------------------------------------------------------------------------------------------
+# ---- 6. Command line ----------------------------------------------------------------------------------------------------------------
 
 EXAMPLES = """examples
   python model.py train --preset micro --corpus stdlib --lr 1e-3 --max_iters 200 --seed 0
@@ -1368,7 +962,8 @@ TRAIN = (  # options of `train` that do not change the numbers: name, type, defa
     ("device", str, "auto", "cpu, cuda, mps (default: the best there is)"),
     ("threads", int, None, "CPU threads (default: torch's choice)"),
     ("eval_interval", int, 0, "steps between validation losses, in val.csv (default: none)"),
-    ("state_seconds", float, 30.0, "seconds between resume states, which are written at checkpoints (default 30)"))
+    ("state_seconds", float, 30.0, "seconds between resume states, which are written at checkpoints (default 30)"),
+    ("leave", str, "", 'steps whose state stays as state_<step>.pt, e.g. "500,750"'))
 SAMPLE = (("scheme", str, None, 'average first, for example "lawa(k=5, spacing=20)"'), ("at", int, None, "step (default: the newest)"),
           ("prompt", str, "\n", "text to go on from"), ("tokens", int, 200, "tokens of text (default 200)"),
           ("temperature", float, 0.8, "0: the likeliest token (default 0.8)"), ("seed", int, 0, "of the draws"))
@@ -1390,7 +985,7 @@ def _parser() -> argparse.ArgumentParser:
             for flag, kind, default, help in TRAIN:
                 sub.add_argument(f"--{flag}", type=kind, default=default, help=help)
             sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    commands.add_parser("work", help="train the runs that come on stdin, a line of options of `train` each", **style)
+    commands.add_parser("work", help="train the runs that come on stdin, each a line with a JSON list of `train`'s options", **style)
     sub = commands.add_parser("sample", help="print text from a run or its average", **style)
     sub.add_argument("run", help="run folder")
     for flag, kind, default, help in SAMPLE:
@@ -1415,7 +1010,10 @@ def _train(args: dict) -> Path | str:
     command, config = args.pop("command"), _configured(args)
     args["keep"] = args["keep"] and lawa_core.parse_scheme(args["keep"])
     args["disk_budget"] = math.inf if args["disk_budget"] is None else args["disk_budget"] * 1e9
-    return plan([config], **args) if command == "plan" else train(config, **args, progress=_Bar("steps", 1))
+    if command == "plan":
+        return plan([config], **args)
+    args["leave"] = [int(step) for step in args["leave"].split(",") if step]
+    return train(config, **args, progress=_Bar("steps", 1))
 
 
 def _sample(args: dict) -> str:

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 import lawa_core
+from corpora import Corpus, open_corpus
+from gpt import GPTConfig, blank, fill, hf_config, preset, save_hf
 from lawa_core import LawaError
 from lawa_hub import soon
-from model import BLOCKS, Corpus, GPTConfig, _Cache, blank, evaluate, fill, hf_config, open_corpus, pick_device, preset, save_hf
+from model import BLOCKS, _Cache, evaluate, pick_device
 
 
 def export_steps(run, dtype=torch.float16) -> Path:

@@ -1,6 +1,6 @@
 """What a replay costs over evaluating its models alone: time, bytes fetched, memory. Prints ratios.
 
-    python benchmarks/replay.py [--preset pythia-70m] [--points 6] [--k 5] [--tokens 4096] [--repeats 3]
+    python benchmarks/replay.py [--preset pythia-70m] [--points 6] [--k 5] [--tokens 8192] [--repeats 3]
 
 A model of the preset's shape with random weights is served by the tests' stand-in for the Hub, in float16 as Pythia is, and replayed from
 there: N points, run and average. Each part runs in a process of its own: (a) evaluating the N + N models, already in files, one after the
@@ -53,12 +53,12 @@ def prepare(folder: Path, preset: str, revisions: int, tokens: int) -> None:
     """Step folders: one set of random weights, each revision a little further along a random direction; and text."""
     import torch
 
-    import model
-    config = model.preset(preset, 50_277)
-    start, way = (dict(model.GPT(config, seed).state_dict()) for seed in (0, 1))
+    import gpt
+    config = gpt.preset(preset, 50_277)
+    start, way = (dict(gpt.GPT(config, seed).state_dict()) for seed in (0, 1))
     for i in range(revisions):
         state = {name: (start[name] + 0.01 * i * way[name]).to(torch.float16) for name in start}
-        model.save_hf(folder / "made" / f"step{(i + 1) * STEP}", config, state)
+        gpt.save_hf(folder / "made" / f"step{(i + 1) * STEP}", config, state)
     val = np.random.default_rng(0).integers(0, 50_277, max(tokens, config.block_size) + 1).astype("<u2")
     (folder / "text").mkdir()
     for split, data in (("train", val[:0]), ("val", val)):
@@ -69,13 +69,14 @@ def prepare(folder: Path, preset: str, revisions: int, tokens: int) -> None:
 
 def alone(folder: Path, k: int, points: int, blocks: int) -> None:
     """Evaluate N + N models that lie ready, one after the other."""
+    import gpt
     import lawa_core
     import model
     corpus, trajectory = model.open_corpus(folder / "text"), lawa_core.open_trajectory(folder / "made")
-    gpt = model.blank(model.hf_config(trajectory.companions()))
+    network = gpt.blank(gpt.hf_config(trajectory.companions()))
     for step in trajectory.steps[-points:]:
         for _ in ("run", "average"):
-            model.evaluate(model.fill(gpt, trajectory[step]), corpus, blocks)
+            model.evaluate(gpt.fill(network, trajectory[step]), corpus, blocks)
 
 
 def replay(folder: Path, k: int, points: int, blocks: int, url: str, on_disk: bool) -> int:
@@ -106,7 +107,7 @@ def worker(part: str, folder: Path, k: int, points: int, blocks: int, url: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default, text in (("preset", "pythia-70m", "shape"), ("points", 6, "points replayed"), ("k", 5, "checkpoints in the window"),
-                                ("tokens", 4096, "tokens evaluated per model"), ("repeats", 3, "of every part")):
+                                ("tokens", 8192, "tokens evaluated per model, as in pythia_replay"), ("repeats", 3, "of every part")):
         parser.add_argument(f"--{flag}", type=type(default), default=default, help=f"{text} (default {default})")
     parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -115,8 +116,8 @@ def main() -> None:
         return worker(part, Path(folder), int(k), int(points), int(blocks), url)
     from hub_stand_in import Hub
 
-    import model
-    config = model.preset(args.preset, 50_277)
+    import gpt
+    config = gpt.preset(args.preset, 50_277)
     blocks, results = max(args.tokens // config.block_size, 1), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,8 +137,8 @@ def main() -> None:
 
 
 def report(config, args, results: dict) -> None:
-    import model
-    parameters = model.blank(config, "meta").size()
+    import gpt
+    parameters = gpt.blank(config, "meta").size()
     live, stored = 4 * parameters, 2 * parameters  # bytes: one model on the CPU in float32, one checkpoint in float16
     seconds = {part: statistics.median(row["seconds"] for row in rows) for part, rows in results.items()}
     memory = {part: max(row["bytes"] for row in rows) for part, rows in results.items()}

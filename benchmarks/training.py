@@ -35,6 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import gpt
 import lawa_core
 import model
 from lawa_core import LawaError
@@ -116,7 +117,7 @@ def hugging_face(c: model.GPTConfig, weights, folder):
     import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model.save_hf(folder, c, weights)
+    gpt.save_hf(folder, c, weights)
     network = transformers.GPT2LMHeadModel.from_pretrained(folder).train()
     return network, lambda x, y: network(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import lawa_core

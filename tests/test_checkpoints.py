@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import reference as ref
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import lawa_core
 from lawa_core import (

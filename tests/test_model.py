@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,8 +23,9 @@ import torch
 import torch.nn.functional as F
 
 import model
+from gpt import GPT, GPTConfig, load_hf, save_hf
 from lawa_core import LawaError, ema, lawa, open_trajectory
-from model import GPT, Config, GPTConfig, batch, evaluate, evaluate_trajectory, learning_rate, load_hf, open_corpus, run_dir, save_hf, train
+from model import Config, batch, evaluate, evaluate_trajectory, learning_rate, open_corpus, run_dir, train
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_PER_TOKEN = 1.25  # what the made-up meta.json claims, so that bits per byte differ from bits per token
@@ -1378,14 +1378,56 @@ def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, mon
         assert_same_run(run_dir(one), train(one, tmp_path / str(number), threads=os.cpu_count()))
 
 
-@pytest.mark.parametrize("line, words", [("--lr -1", "lr"), ("--preset giant", "preset"), ("--out_dir /proc/none", "/proc/none")])
+@pytest.mark.parametrize("line, words", [('["--lr", "-1"]', "lr"), ('["--preset", "giant"]', "preset"), ("nonsense", "JSON"),
+                                         ('["--out_dir", "/proc/none"]', "/proc/none")])
 def test_a_worker_answers_every_line(line, words, config, tmp_path):
-    """What went wrong in one line, and the next run is trained."""
-    good = shlex.join([*model.flags(config), "--out_dir", str(tmp_path / "a run")])
+    """What went wrong in one line, and the next run is trained, whatever its options hold."""
+    several = changed(config, averages="ema(0.9);\n  swa(4)")
+    good = json.dumps([*model.flags(several), "--out_dir", str(tmp_path / "a run")])
     done = subprocess.run([sys.executable, model.__file__, "work"], input=f"{line}\n{good}\n", capture_output=True, text=True, timeout=60)
-    said = done.stdout.splitlines()
-    assert done.returncode == 0 and len(said) == 2 and words in said[0] and said[1] == "done"
+    said = [json.loads(answer) for answer in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(said) == 2 and words in said[0] and said[1] == ""
     assert (tmp_path / "a run" / "summary.json").exists()
+
+
+LATER = ({"hold_frac": 0.75}, {"schedule": "constant"}, {"schedule": "wsd", "cooldown_frac": 0.25}, {"burst_at": 9, "burst_iters": 2,
+         "burst_factor": 3.0}, {"max_iters": 16, "schedule": "constant"}, {"averages": "ema(0.9)", "hold_frac": 0.5})
+
+
+def test_shared_steps_are_those_of_equal_rates(config):
+    """As many steps as the two runs have the same rate for, and none if anything else differs."""
+    for late, other in itertools.permutations([changed(config, **fields) for fields in ({}, *LATER)], 2):
+        naive = 0
+        while naive < min(late.max_iters, other.max_iters) and learning_rate(late, naive) == learning_rate(other, naive):
+            naive += 1
+        assert model.shared_steps(late, other) == (naive if set(other.online) <= set(late.online) else 0)
+    for fields in ({"seed": 9}, {"beta2": 0.9}, {"ckpt_interval": 4}, {"batch_size": 1}, {"corpus": "other"}):
+        assert model.shared_steps(config, changed(config, **fields)) == 0
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, config, tmp_path, monkeypatch):
+    """Runs that begin as another one are, files and all, what they are when trained alone, and the other one is left as it is alone."""
+    monkeypatch.setattr(model, "RUNS", tmp_path / "together")
+    trunk = changed(config, averages="ema(0.9); lawa(2, 1)", schedule="constant")
+    runs = [trunk, changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
+            changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25), changed(trunk, max_iters=16)]
+    seen = []
+    monkeypatch.setattr(model, "begin_with", lambda *args, begin=model.begin_with: (seen.append(args[1]), begin(*args)))
+    folders = model.train_all(runs, jobs=jobs)
+    assert sorted(seen) == [9, 10, 12]
+    for number, (one, folder) in enumerate(zip(runs, folders, strict=True)):
+        assert_same_run(folder, train(one, tmp_path / str(number), threads=max(os.cpu_count() // jobs, 1)))
+
+
+def test_a_trunk_that_fails_leaves_its_branch_to_start_by_itself(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "RUNS", tmp_path)
+    trunk = changed(config, schedule="constant", burst_at=10, burst_iters=2, burst_factor=1e38)
+    branch = changed(config, schedule="constant")
+    assert model.shared_steps(trunk, branch) == 10
+    with pytest.raises(LawaError, match=run_dir(trunk).name):
+        model.train_all([trunk, branch], jobs=1)
+    assert (run_dir(branch) / "summary.json").exists() and not list(tmp_path.rglob("state_*"))
 
 
 # ---- importing, compiling -----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ import lawa_core
 import lawa_hub
 import model
 import pythia
+from gpt import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf, write_hf
 from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
-from model import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf
 
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 SIZES = [name for name in PRESETS if name.startswith("pythia")]
@@ -521,7 +521,7 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
     def each(step, label, state):
         if step == 30:
             kept[label] = tmp_path / label
-            model.write_hf(kept[label], state, json.loads((like / "config.json").read_text()), like)
+            write_hf(kept[label], state, json.loads((like / "config.json").read_text()), like)
     rows = pythia.replay(trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu")
     assert [(row["step"], row["scheme"]) for row in rows] == [(step, label) for step in STEPS for label in ("run", "lawa")]
     losses = {}
@@ -579,7 +579,7 @@ def test_zero_shot_is_the_accuracy_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     revision(tmp_path / "plain", 1)
     fields = json.loads((tmp_path / "plain" / "config.json").read_text())
-    model.write_hf(tmp_path / "hf", dict(open_checkpoint(tmp_path / "plain")), fields, tokenizer(tmp_path / "tokenizer"))
+    write_hf(tmp_path / "hf", dict(open_checkpoint(tmp_path / "plain")), fields, tokenizer(tmp_path / "tokenizer"))
     items = [{"text": f"the {who} {did}", "choices": ["on the mat", "under a tree"], "answer": i % 2}
              for i, (who, did) in enumerate((who, did) for who in ("cat", "dog", "bird") for did in ("sat", "ran", "slept"))]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

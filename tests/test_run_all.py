@@ -45,8 +45,9 @@ def make_project(folder):
         (folder / inner).mkdir(parents=True)
     for name in ("run_all.sh", "pages.py"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("lawa_core.py", "lawa_hub.py", "model.py", "pythia.py", "lab.py", "constraints.txt"):
-        (folder / name).write_text("")
+    for name in ("lawa_core", "lawa_files", "lawa_hub", "gpt", "corpora", "model", "pythia", "lab"):
+        (folder / f"{name}.py").write_text("")
+    (folder / "constraints.txt").write_text("")
     extras = 'optional-dependencies = {notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
     (folder / "pyproject.toml").write_text(f'[project]\nname = "stub"\ndependencies = []\n{extras}\n')
     (folder / "data/stdlib/prepare.py").write_text(PREPARE)

@@ -6,7 +6,7 @@ goes on where it was, apart from the parts of 32,768 documents at hand. nanoGPT 
 documents are val here, and train.bin has nanoGPT's order. At the end the counts are held against nanoGPT's: a
 difference is explained in the output and in meta.json. Disk: 42 GB at the peak (36 beside parquet files of your own),
 18 GB at the end. A folder with nanoGPT's own train.bin and val.bin, or with modded-nanogpt's shards, needs none of
-this: model.py reads it as it is.
+this: corpora.py reads it as it is.
 """
 
 import hashlib
