@@ -731,7 +731,8 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
                 print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f}/s, {left:.0f} s left", flush=True)
                 cache.write()
     finally:
-        cache.write()
+        if own is not None:
+            cache.write()
     return cache.table(trajectory.name, at, schemes, corpus)
 
 
