@@ -477,10 +477,16 @@ class _Window(Checkpoint):
         super().__init__(checkpoint.path, checkpoint.entries, checkpoint.aliases, checkpoint.metadata)
         self.sample, self.data = checkpoint.sample, {}
         for name, entry in checkpoint.entries.items() if in_memory else ():
-            data = self.data[name] = _pages(entry.nbytes)
-            for start in range(0, entry.nbytes, TILE):
-                data[start:start + TILE] = entry.read(start, min(start + TILE, entry.nbytes))
+            data = self.data[name] = _loaded(entry)
             self.entries[name] = dataclasses.replace(entry, read=functools.partial(_slice, data), peek=None)
+
+
+def _loaded(entry: Entry) -> np.ndarray:
+    """All bytes of a tensor, read a tile at a time into pages of their own."""
+    data = _pages(entry.nbytes)
+    for start in range(0, entry.nbytes, TILE):
+        data[start:start + TILE] = entry.read(start, min(start + TILE, entry.nbytes))
+    return data
 
 
 def _slice(data: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -498,7 +504,7 @@ def _weigh(weights: Mapping[int, float], held: Mapping[int, _Window], spent) -> 
     (entries, ties), state, oldest = _layout(opened), {}, opened[min(opened)]
     for name, entry in entries.items():
         if len(opened) == 1:
-            out = oldest.data.get(name, entry.read(0, entry.nbytes) if not oldest.data else None)
+            out = oldest.data[name] if oldest.data else _loaded(entry)
         else:
             reuse = min(opened) in spent and name in oldest.data and oldest.entry(name).dtype == entry.dtype
             out = oldest.data[name] if reuse else _pages(entry.nbytes)
