@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+import recipes
 from gpt import GPT, GPTConfig, load_hf, save_hf
 from lawa_core import LawaError, ema, lawa, open_trajectory
 from model import Config, batch, evaluate, evaluate_trajectory, learning_rate, open_corpus, run_dir, train
@@ -1352,7 +1353,7 @@ def test_sample_refuses(argv, words, run, command):
 
 def test_train_all(config, tmp_path, monkeypatch, capsys):
     """In order, each run once, what is finished left alone; one that fails is named when the others are done."""
-    monkeypatch.setattr(model, "RUNS", tmp_path)
+    monkeypatch.setattr(recipes, "RUNS", tmp_path)
     seeds = [changed(config, seed=seed) for seed in (0, 1)]
     done = train(seeds[0])
     before = digest(done)
@@ -1370,7 +1371,7 @@ def test_train_all(config, tmp_path, monkeypatch, capsys):
 
 def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, monkeypatch):
     """Runs that share a process, also after one that failed in it, share nothing else."""
-    monkeypatch.setattr(model, "RUNS", tmp_path / "together")
+    monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
     runs = [changed(config, lr=1e30, warmup_iters=0), changed(config, seed=1), changed(config, preset="nano", averages="ema(0.9)")]
     with pytest.raises(LawaError):
         model.train_all(runs, jobs=1)
@@ -1408,7 +1409,7 @@ def test_shared_steps_are_those_of_equal_rates(config):
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, config, tmp_path, monkeypatch):
     """Runs that begin as another one are, files and all, what they are when trained alone, and the other one is left as it is alone."""
-    monkeypatch.setattr(model, "RUNS", tmp_path / "together")
+    monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
     trunk = changed(config, averages="ema(0.9); lawa(2, 1)", schedule="constant")
     runs = [trunk, changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
             changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25), changed(trunk, max_iters=16)]
@@ -1421,7 +1422,7 @@ def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, config, tmp_path
 
 
 def test_a_trunk_that_fails_leaves_its_branch_to_start_by_itself(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "RUNS", tmp_path)
+    monkeypatch.setattr(recipes, "RUNS", tmp_path)
     trunk = changed(config, schedule="constant", burst_at=10, burst_iters=2, burst_factor=1e38)
     branch = changed(config, schedule="constant")
     assert model.shared_steps(trunk, branch) == 10
