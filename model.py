@@ -455,10 +455,19 @@ def begin_with(trunk: Path, step: int, folder: Path, config: Config) -> None:
         for part in ("", *map(scheme_dir, config.online)):
             (folder / part).mkdir(exist_ok=True)
             for path in (trunk / part).glob("ckpt_*.safetensors"):
-                if lawa_core.step_of(path) <= step and not (folder / part / path.name).exists():
-                    os.link(path, folder / part / path.name)
-        shutil.copyfile(trunk / "metrics.csv", folder / "metrics.csv")  # training cuts it back to the state's step
-        os.rename(shutil.copyfile(state, folder / ".resume.part"), folder / "resume.pt")  # last: without it, a run starts at 0
+                if lawa_core.step_of(path) <= step:
+                    _link(path, folder / part / path.name)
+        _link(trunk / "metrics.csv", folder / "metrics.csv")  # training replaces it by the rows up to the state's step
+        _link(state, folder / "resume.pt")  # last: without it, a run starts at 0
+
+
+def _link(path: Path, name: Path) -> None:
+    """Another name for a file that nobody writes to again; a copy where the disk has no links."""
+    with lawa_core.replacing(name) as part:
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
 
 
 def _worker() -> subprocess.Popen:
@@ -616,19 +625,17 @@ def _losses(states, shape: GPTConfig, corpus: Corpus, n_blocks: int, device: tor
         found = evaluate(free, corpus, n_blocks)
         models.append(free)
         return found
-    try:
-        with contextlib.ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
-            stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted evaluation does not wait for what is in the queue
-            for step, name, state in states:
-                coming.append((step, name, pool.submit(losses, state)))
-                if len(coming) > jobs:
-                    step, name, found = coming.popleft()
-                    yield step, name, found.result()
-            for step, name, found in coming:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        pool = stack.enter_context(ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
+        stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted evaluation does not wait for what is in the queue
+        for step, name, state in states:
+            coming.append((step, name, pool.submit(losses, state)))
+            if len(coming) > jobs:
+                step, name, found = coming.popleft()
                 yield step, name, found.result()
-    finally:
-        torch.set_num_threads(threads)
+        for step, name, found in coming:
+            yield step, name, found.result()
 
 
 def _of_run(run) -> tuple[GPTConfig, Corpus]:

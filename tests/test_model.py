@@ -1406,9 +1406,11 @@ def test_shared_steps_are_those_of_equal_rates(config):
         assert model.shared_steps(config, changed(config, **fields)) == 0
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("jobs, links", [(1, True), (3, True), (1, False)])
+def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, links, config, tmp_path, monkeypatch):
     """Runs that begin as another one are, files and all, what they are when trained alone, and the other one is left as it is alone."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
     monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
     trunk = changed(config, averages="ema(0.9); lawa(2, 1)", schedule="constant")
     runs = [trunk, changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
