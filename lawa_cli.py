@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import re
@@ -213,16 +212,7 @@ def _show(result: dict) -> None:
         print(f"problem: {problem}")
 
 
-def _reuse_memory() -> None:
-    """Have glibc keep what a tile frees for the next one: fresh pages, which the system clears, cost as much as the arithmetic."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before they go back
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: only pieces larger than this are mapped by themselves
-
-
 def main(argv=None) -> int:
-    _reuse_memory()
     try:
         args = _parser().parse_args(argv)
         result = _run(args)

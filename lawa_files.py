@@ -82,8 +82,9 @@ class Entry:
     dtype: str  # safetensors' code
     shape: tuple[int, ...]
     path: str
-    read: Callable[[int, int], np.ndarray]  # its bytes [start, stop), row-major, as a fresh uint8 array
+    fill: Callable[[int, np.ndarray], None]  # (start, out): its bytes from `start` on, row-major, into an array of uint8
     peek: Callable[[], bytes] | None = None  # some of its bytes, where reading a part costs as much as the whole
+    data: np.ndarray | None = None  # all its bytes, where they are in memory
 
     @property
     def numel(self) -> int:
@@ -92,6 +93,13 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.numel * itemsize(self.dtype)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Its bytes [start, stop), to read only: fresh, or where they are in memory."""
+        if self.data is not None:
+            return self.data[start:stop]
+        self.fill(start, out := np.empty(stop - start, np.uint8))
+        return out
 
     def sample(self) -> bytes:
         middle = max(self.nbytes - 64, 0) // 16 * 8
@@ -139,7 +147,8 @@ class Checkpoint(Mapping):
 
     def __getitem__(self, name):
         entry = self.entry(name)
-        return _tensor(entry.read(0, entry.nbytes), entry)
+        entry.fill(0, data := np.empty(entry.nbytes, np.uint8))
+        return _tensor(data, entry)
 
     def __contains__(self, name):
         return name in self.entries or name in self.aliases
@@ -204,9 +213,9 @@ def _stripped(checkpoint: Checkpoint) -> Checkpoint:
 
 def _open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors."""
-    stamp, entries = _stamp(path), {}
+    source, entries = _File(path), {}
     with open(path, "rb") as file, _explained(f"{path}: corrupt safetensors header; copy it again"):
-        base, size = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little"), stamp[1]
+        base, size = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little"), source.stamp[1]
         if base > size:
             raise LawaError(f"{path} is truncated or no safetensors file: {size} bytes, expected a header of {base}")
         header = json.loads(file.read(base - 8))
@@ -219,7 +228,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
                 raise ValueError(f"{name!r}: type, shape and offsets disagree")
             if base + stop > size:
                 raise LawaError(f"{path} is truncated: its header promises {base + stop} bytes, there are {size}; copy it again")
-            entries[name] = Entry(dtype, shape, str(path), functools.partial(_read_file, str(path), stamp, base + start))
+            entries[name] = Entry(dtype, shape, str(path), functools.partial(source.fill, base + start))
         aliases = {name: kept for name, kept in json.loads(metadata.get("ties", "{}")).items() if kept in entries and name not in entries}
     return Checkpoint(path, entries, aliases, metadata)
 
@@ -230,16 +239,38 @@ def _stamp(file) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _read_file(path: str, stamp: tuple, offset: int, start: int, stop: int) -> np.ndarray:
-    out, done = np.empty(stop - start, np.uint8), 0
-    with _explained(f"cannot read {path}"), open(path, "rb", buffering=0) as file:
-        if _stamp(file.fileno()) != stamp:
-            raise LawaError(f"{path} changed while it was being read; wait until its writer is done")
-        while done < len(out):  # a read may come back short
-            done += (count := os.preadv(file.fileno(), [out[done:]], offset + start + done))
-            if not count:
-                raise LawaError(f"{path} is truncated: it ends inside a tensor; copy it again")
-    return out
+class _File:
+    """A file to read from, open while it is needed: opening it for every tile takes half as long as reading. Of more than MOST files, which
+    the system might not allow, the others are opened for every read."""
+    MOST, kept = 256, 0
+
+    def __init__(self, path):
+        self.path, self.number, self.stamp = str(path), None, _stamp(path)
+        if _File.kept < self.MOST:
+            self.number = os.open(path, os.O_RDONLY)
+            _File.kept += 1
+
+    def __del__(self):
+        if self.number is not None:
+            os.close(self.number)
+            _File.kept -= 1
+
+    def fill(self, offset: int, start: int, out: np.ndarray) -> None:
+        """Bytes from offset + start on into out."""
+        number, done = self.number, 0
+        try:
+            number = os.open(self.path, os.O_RDONLY) if number is None else number
+            if _stamp(number) != self.stamp:
+                raise LawaError(f"{self.path} changed while it was being read; wait until its writer is done")
+            while done < len(out):  # a read may come back short
+                done += (count := os.preadv(number, [out[done:]], offset + start + done))
+                if not count:
+                    raise LawaError(f"{self.path} is truncated: it ends inside a tensor; copy it again")
+        except OSError as error:
+            raise LawaError(f"cannot read {self.path} ({error.strerror})") from None
+        finally:
+            if number != self.number:
+                os.close(number)
 
 
 def _open_torch(path: Path, key: str | None) -> Checkpoint:
@@ -288,16 +319,16 @@ def _code(dtype, origin) -> str:
     return code
 
 
-def _read_tensor(tensor, start: int, stop: int) -> np.ndarray:
+def _read_tensor(tensor, start: int, out: np.ndarray) -> None:
     """A part of a tensor, which may lie in a mapped file, on a device, or with gaps: then only that part is gathered."""
     import torch
-    first, last = start // tensor.element_size(), stop // tensor.element_size()
+    first, last = start // tensor.element_size(), (start + len(out)) // tensor.element_size()
     if tensor.is_contiguous() or last - first == tensor.numel():
         part = tensor.contiguous().view(-1)[first:last].cpu()
     else:
         places = torch.arange(first, last, device=tensor.device).split(1 << 13)  # an index takes 8 bytes a value and axis: few at a time
         part = torch.cat([tensor[torch.unravel_index(some, tensor.shape)].cpu() for some in places])
-    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy().view(np.uint8).copy()
+    out[:] = (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy().view(np.uint8)
 
 
 def _open_sharded(folder: Path, index: str, key: str | None) -> Checkpoint:
@@ -339,7 +370,8 @@ def _open_distributed(folder: Path, key: str | None) -> Checkpoint:
     def peek(name):
         with _explained(f"{folder}: cannot read {name}"):
             found, path = place(name, tensors[name].chunks[0])
-            return _read_file(str(path), _stamp(path), found.offset + found.length // 2, 0, 64).tobytes()
+            _File(path).fill(found.offset + found.length // 2, 0, some := np.empty(64, np.uint8))
+            return some.tobytes()
 
     def whole(name, info):
         if len(info.chunks) == 1:
@@ -349,16 +381,16 @@ def _open_distributed(folder: Path, key: str | None) -> Checkpoint:
             tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece(name, chunk)
         return tensor
 
-    def read(name, start, stop):
+    def fill(name, start, out):
         if (tensor := held.get(name)) is None:
             held.clear()
             with _explained(f"{folder}: cannot read {name}"):
                 held[name] = tensor = whole(name, tensors[name])
-        return _read_tensor(tensor, start, stop)
+        _read_tensor(tensor, start, out)
 
     def entry(name):
         info = tensors[name]
-        readers = functools.partial(read, name), functools.partial(peek, name)
+        readers = functools.partial(fill, name), functools.partial(peek, name)
         return Entry(_code(info.properties.dtype, folder), tuple(info.size), str(folder), *readers)
     under = key or next((name for name in NESTED if any(place[0] == name and len(place) > 1 for place in places.values())), None)
     return Checkpoint(folder, {".".join(place[1:] if under else place): entry(name) for name, place in places.items()
