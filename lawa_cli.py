@@ -18,15 +18,11 @@ import numpy as np
 from lawa_core import (
     ALLOW,
     FLOATS,
-    TILE,
     JobFailed,
     LawaError,
     Progress,
     Trajectory,
-    _finite,
     _positive,
-    _tiles,
-    _widen,
     average_files,
     check,
     in_steps,
@@ -41,6 +37,7 @@ from lawa_core import (
     swa,
     sweep_files,
 )
+from lawa_mix import TILE, _finite, _tiles, _widen
 
 EXAMPLES = """examples
   lawa inspect runs/my-run                                       what is there, what is wrong with it

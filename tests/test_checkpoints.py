@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import lawa_core
+import lawa_files
 from lawa_core import (
     LawaError,
     average,
@@ -174,6 +175,39 @@ def test_opening_reads_only_the_header(kind, tmp_path):
     assert checkpoint.shapes["w"] == (1 << 21,)
     assert checkpoint["v"].tolist() == [1, 1, 1]
     assert ref.bytes_read() - before < 1 << 20
+
+
+def opened_files():
+    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+
+
+@pytest.mark.parametrize("most", [0, 2, 256])
+def test_files_stay_open_while_they_are_needed_and_not_too_many(most, tmp_path, monkeypatch):
+    monkeypatch.setattr(lawa_files._File, "MOST", most)
+    monkeypatch.setattr(lawa_files._File, "kept", 0)
+    before = opened_files()
+    for s in range(5):
+        save(tmp_path / f"ckpt_{s}.safetensors", {"w": torch.full((3,), float(s))})
+    trajectory = open_trajectory(tmp_path)
+    opened = [trajectory[step] for step in trajectory.steps]
+    assert [float(checkpoint["w"][0]) for checkpoint in opened] == [0, 1, 2, 3, 4]
+    assert opened_files() - before == (min(most, 5) if before else 0)
+    assert average(trajectory)["w"].tolist() == [2, 2, 2]
+    del opened
+    assert opened_files() == before
+    assert lawa_files._File.kept == 0
+
+
+@pytest.mark.parametrize("most", [0, 256])
+def test_a_file_that_is_written_while_it_is_read_is_refused(most, tmp_path, monkeypatch):
+    monkeypatch.setattr(lawa_files._File, "MOST", most)
+    path = tmp_path / "ckpt_1.safetensors"
+    save(path, {"w": torch.zeros(3)})
+    checkpoint = open_checkpoint(path)
+    with open(path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(LawaError, match=r"ckpt_1\.safetensors changed while it was being read"):
+        checkpoint["w"]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "hf bin"])
