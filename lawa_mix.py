@@ -38,28 +38,35 @@ def _block(n: int) -> int:
     return min(1 << max((1 << 18) // n, 1 << 10).bit_length() - 1, BLOCK)
 
 
-def _widen(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw bytes of floats as an array of floats that numpy can count with: exact."""
+def _widen(raw: np.ndarray, dtype: str, room: Room | None = None) -> np.ndarray:
+    """Raw bytes of floats as an array of floats that numpy can count with: exact. bfloat16 takes the room's "bits"."""
     values = raw.view(DTYPES[dtype][0])
     if dtype != "BF16":
         return values
-    bits = values.astype(np.uint32)
+    bits = (room or Room())("bits", values.shape, np.uint32)
+    bits[...] = values
     bits <<= 16
     return bits.view(np.float32)
 
 
-def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+def _narrow(values: np.ndarray, dtype: str, room: Room | None = None) -> np.ndarray:
     """What to assign to an array of the type for doubles: rounded once, to nearest even. Save for bfloat16 numpy rounds so itself."""
     if dtype != "BF16":
         return values
-    flat = values.ravel()
-    single = flat.astype(np.float32)
-    bits, nan = single.view(np.uint32), np.isnan(single)
+    room, flat = room or Room(), values.reshape(-1)
+    bits, rest = (room(name, flat.shape, np.uint32) for name in ("bits", "rest"))
+    single = bits.view(np.float32)
+    single[:] = flat
+    nan = np.isnan(single)
     # Rounding twice, to fp32 and to bf16, errs only where the first rounding lands half-way between two bf16: there, step off to its side.
-    half = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+    np.bitwise_and(bits, 0xFFFF, out=rest)
+    half = np.flatnonzero(rest == 0x8000)
     aside = np.abs(flat[half]) - np.abs(single[half])
     bits[half] += (aside > 0).astype(np.uint32) - (aside < 0).astype(np.uint32)
-    bits += 0x7FFF + ((bits >> 16) & 1)
+    np.right_shift(bits, 16, out=rest)
+    rest &= 1
+    rest += 0x7FFF
+    bits += rest
     bits >>= 16
     bits[nan] = 0x7FC0
     return bits.reshape(values.shape)
@@ -125,7 +132,7 @@ class Mix:
                     stop = min(start + self.block, count)
                     y = self._sums(raws, start, stop, room)
                     y /= self.divisor
-                    mixed[:, start * size:stop * size].view(DTYPES[self.out_dtype][0])[:] = _narrow(y, self.out_dtype)
+                    mixed[:, start * size:stop * size].view(DTYPES[self.out_dtype][0])[:] = _narrow(y, self.out_dtype, room)
             for m, out in zip(self.todo, mixed, strict=True):
                 outs[m] = out
         return outs
@@ -134,13 +141,17 @@ class Mix:
         """Values [start, stop) of the M sums, (M, values)."""
         places = [slice(start * size, stop * size) for size in self.sizes]
         y = room("y", (len(self.todo), stop - start), self.wide)
+        parts = (_widen(raw[place], dtype, room) for raw, place, dtype in zip(raws, places, self.dtypes, strict=True))
         if self.is_mean:
-            _sum((_widen(raw[place], dtype) for raw, place, dtype in zip(raws, places, self.dtypes, strict=True)), y[0])
+            _sum(parts, y[0])
+            return y
+        x = room("x", (len(raws), stop - start), self.wide)
+        if isinstance(raws, np.ndarray):
+            x[:] = _widen(raws[:, places[0]], self.dtypes[0], room)  # in one call
         else:
-            x = room("x", (len(raws), stop - start), self.wide)
-            x[:] = (_widen(raws[:, places[0]], self.dtypes[0]) if isinstance(raws, np.ndarray) else  # in one call
-                    [_widen(raw[place], dtype) for raw, place, dtype in zip(raws, places, self.dtypes, strict=True)])
-            _product(self.weights, x, y)
+            for values, part in zip(x, parts, strict=True):
+                values[:] = part
+        _product(self.weights, x, y)
         return y
 
     def alone(self, m: int, raws) -> np.ndarray:
