@@ -206,7 +206,8 @@ def _weigh(weights: Mapping[int, float], held: Mapping[int, Checkpoint], spent) 
         if len(opened) == 1:
             out = _loaded(oldest) if oldest.data is None else oldest.data
         else:
-            out = oldest.data if min(opened) in spent and oldest.dtype == entry.dtype else _pages(entry.nbytes)
+            reuse = min(opened) in spent and oldest.dtype == entry.dtype and not opened[min(opened)].aliases  # tied ones may part later
+            out = oldest.data if reuse else _pages(entry.nbytes)
             _mix_into(out, opened, np.array([list(weights.values())]), name, entry)
         state[name] = _tensor(out, entry)
         for step in spent:
@@ -370,6 +371,8 @@ def _stream(opened, rows: np.ndarray, entries, sinks: list[_Output], width: int,
             first = number
     done, mixer = sum(sizes[:first]), Mixer(opened, rows, entries, lambda m, *mixed: sinks[m].write(*mixed), allow)
     with contextlib.ExitStack() as stack:
+        if not first:
+            _remove(journal)  # or it could speak, after another kill, of tiles in the files begun anew here
         for sink in sinks:
             sink.open(stack, fresh=first == 0)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
@@ -412,10 +415,7 @@ class _Output:
         for file, (header, size) in self.headers.items():
             self.files[file] = stack.enter_context(open(file, "wb" if fresh else "r+b", buffering=0))  # noqa: SIM115 - the stack closes it
             os.pwrite(self.files[file].fileno(), header, 0)
-            if hasattr(os, "posix_fallocate"):  # writing is a third faster, and a full disk is met here
-                os.posix_fallocate(self.files[file].fileno(), 0, size)
-            else:
-                self.files[file].truncate(size)
+            self.files[file].truncate(size)
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         (file, offset), done = self.places[name], 0

@@ -215,6 +215,8 @@ def _open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors."""
     source, entries = _File(path), {}
     with open(path, "rb") as file, _explained(f"{path}: corrupt safetensors header; copy it again"):
+        if _stamp(file.fileno()) != source.stamp:
+            raise LawaError(f"{path} changed while it was being read; wait until its writer is done")
         base, size = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little"), source.stamp[1]
         if base > size:
             raise LawaError(f"{path} is truncated or no safetensors file: {size} bytes, expected a header of {base}")
@@ -241,14 +243,16 @@ def _stamp(file) -> tuple[int, int, int]:
 
 class _File:
     """A file to read from, open while it is needed: opening it for every tile takes half as long as reading. Of more than MOST files, which
-    the system might not allow, the others are opened for every read."""
-    MOST, kept = 256, 0
+    the system might not allow, the others are opened for every read. An open file that is replaced is read on as it was; one that is
+    written to is refused."""
+    MOST, kept, number = 128, 0, None
 
     def __init__(self, path):
-        self.path, self.number, self.stamp = str(path), None, _stamp(path)
+        self.path, self.stamp = str(path), _stamp(path)
         if _File.kept < self.MOST:
-            self.number = os.open(path, os.O_RDONLY)
-            _File.kept += 1
+            with contextlib.suppress(OSError):  # too many are open: then for every read
+                self.number = os.open(path, os.O_RDONLY)
+                _File.kept += 1
 
     def __del__(self):
         if self.number is not None:

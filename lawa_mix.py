@@ -35,7 +35,7 @@ class Room(threading.local):
 
 def _block(n: int) -> int:
     """Values of each of n checkpoints per matrix product: a power of two, so that all of them stay in the cache as doubles (2 MB)."""
-    return min(1 << max((1 << 18) // n, 1 << 10).bit_length() - 1, BLOCK)
+    return 1 << max(BLOCK // n, 1 << 10).bit_length() - 1
 
 
 def _widen(raw: np.ndarray, dtype: str, room: Room | None = None) -> np.ndarray:
@@ -192,7 +192,7 @@ class Mixer:
         mix, raws = self.mix(tuple(entry.dtype for entry in inputs), out), _raws(inputs, start, stop, self.room)
         for m, data in enumerate(mix(raws, self.room)):
             if not _finite(data, out):
-                data = mix.alone(m, raws)
+                data = mix.alone(m, raws) if len(mix.used[m]) < len(raws) else data
                 problems += [] if "nonfinite" in self.allow or _finite(data, out) else self._blame(m, name, raws)
             self.write(m, name, start * itemsize(out), data)
         return problems
