@@ -200,30 +200,26 @@ def _pages(nbytes: int) -> np.ndarray:
 def _weigh(weights: Mapping[int, float], held: Mapping[int, Checkpoint], spent) -> dict:
     """One row over the window as a state dict. Steps that are `spent` lose their tensors: the average is written over the oldest."""
     opened = {step: held[step] for step in weights}
-    (entries, ties), state = _layout(opened), {}
-    for name, entry in entries.items():
-        oldest = opened[min(opened)].entry(name)
-        if len(opened) == 1:
-            out = _loaded(oldest) if oldest.data is None else oldest.data
-        else:
-            reuse = min(opened) in spent and oldest.dtype == entry.dtype and not opened[min(opened)].aliases  # tied ones may part later
-            out = oldest.data if reuse else _pages(entry.nbytes)
-            _mix_into(out, opened, np.array([list(weights.values())]), name, entry)
-        state[name] = _tensor(out, entry)
-        for step in spent:
-            if not held[step].aliases:
-                held[step].entries.pop(name, None)
-    return state | {name: state[kept] for name, kept in ties.items()}
+    (entries, ties), state, data = _layout(opened), {}, {}
 
-
-def _mix_into(out: np.ndarray, opened: Mapping[int, Checkpoint], rows: np.ndarray, name: str, entry: Entry) -> None:
     def write(_, name, offset, mixed):
-        out[offset:offset + len(mixed)] = mixed
-
-    mixer = Mixer(opened, rows, {name: entry}, write)
+        data[name][offset:offset + len(mixed)] = mixed
+    mixer = Mixer(opened, np.array([list(weights.values())]), entries, write)
     with ThreadPoolExecutor(max((os.cpu_count() or 2) - 1, 1)) as pool:
-        if problems := {problem for found in pool.map(mixer, _tiles({name: entry}, TILE // 8)) for problem in found}:
-            raise LawaError("; ".join(sorted(problems)))
+        for name, entry in entries.items():
+            oldest = opened[min(opened)].entry(name)
+            if len(opened) == 1:
+                data[name] = _loaded(oldest) if oldest.data is None else oldest.data
+            else:
+                reuse = min(opened) in spent and oldest.dtype == entry.dtype and not opened[min(opened)].aliases  # tied ones may part later
+                data[name] = oldest.data if reuse else _pages(entry.nbytes)
+                if problems := {problem for found in pool.map(mixer, _tiles({name: entry}, TILE // 8)) for problem in found}:
+                    raise LawaError("; ".join(sorted(problems)))
+            state[name] = _tensor(data[name], entry)
+            for step in spent:
+                if not held[step].aliases:
+                    held[step].entries.pop(name, None)
+    return state | {name: state[kept] for name, kept in ties.items()}
 
 
 def _ratio(before: Mapping[int, float], after: Mapping[int, float], boundary: int) -> float | None:

@@ -193,12 +193,11 @@ class Mixer:
         for m, data in enumerate(mix(raws, self.room)):
             if not _finite(data, out):
                 data = mix.alone(m, raws) if len(mix.used[m]) < len(raws) else data
-                problems += [] if "nonfinite" in self.allow or _finite(data, out) else self._blame(m, name, raws)
+                problems += [] if "nonfinite" in self.allow or _finite(data, out) else self._blame(m, name, inputs, raws)
             self.write(m, name, start * itemsize(out), data)
         return problems
 
-    def _blame(self, m: int, name: str, raws) -> list[str]:
-        inputs = [checkpoint.entry(name) for checkpoint in self.opened.values()]
+    def _blame(self, m: int, name: str, inputs: list[Entry], raws) -> list[str]:
         guilty = [inputs[n].path for n in np.flatnonzero(self.rows[m]) if not _finite(raws[n], inputs[n].dtype)]
         return [f"{path}: {name} holds NaN or Inf; leave it out (or --allow nonfinite)" for path in guilty] or [
             f"{name} overflows {self.entries[name].dtype} in the average; write it with a wider --dtype"]

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -53,6 +55,14 @@ def make_project(folder):
     (folder / "data/stdlib/prepare.py").write_text(PREPARE)
     add_notebook(folder, "good", GOOD)
     return folder
+
+
+def test_a_notebook_is_run_again_when_any_module_that_it_can_use_changes():
+    """run_all.sh lists them; the command line and the pages take no part in a notebook."""
+    listed = re.search(r'cat "notebooks/\$1\.ipynb" (.*?) data/', (ROOT / "run_all.sh").read_text())[1]
+    files = subprocess.run(["bash", "-c", f"echo {listed}"], capture_output=True, text=True, check=True).stdout.split()
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(files) == sorted(f"{name}.py" for name in modules if name not in ("lawa_cli", "pages"))
 
 
 def command(project, *args, env=ACTIVE, cwd="/"):
