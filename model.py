@@ -203,7 +203,7 @@ class _Run:
             self._restore(saved)
         elif config.init_from:
             self.model.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
-        self.step_model = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
+        self.step_model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world > 1 else self.model
         self.synced = self.step_model  # under torch.compile the wrapper keeps its no_sync
         self.step_model = torch.compile(self.step_model) if compile else self.step_model
         self.writer, self.loader = _Behind(), _Behind()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import model
 import recipes
-from gpt import GPT, GPTConfig, load_hf, save_hf
+from gpt import GPT, CrossEntropy, GPTConfig, load_hf, save_hf
 from lawa_core import LawaError, ema, lawa, open_trajectory
 from model import Config, batch, evaluate, evaluate_trajectory, learning_rate, open_corpus, run_dir, train
 
@@ -1230,7 +1230,28 @@ def test_loss(net):
     assert net(IDX)[1] is None and net(IDX, targets)[0] is None
 
 
-@pytest.mark.parametrize("tokens", [40, 1500])  # less than one piece; three, the last one shorter
+@pytest.mark.parametrize("spread", [1, 300])  # of the logits; 300: most probabilities are 0 in float32, the right one's among them
+@pytest.mark.parametrize("tokens", [40, 1024, 2500])  # less than one piece; one; three, the last one shorter
+def test_the_loss_on_a_cpu_is_the_float64_one(tokens, spread):
+    draw = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(size, 16, generator=draw).mul_(scale).requires_grad_() for size, scale in ((tokens, 1), (100, spread / 4)))
+    targets = torch.randint(100, (tokens,), generator=draw)
+    exact = F.cross_entropy(F.linear(x.double(), head.double()), targets)
+    loss = CrossEntropy.apply(x, head, targets)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    for found, right in zip(*(torch.autograd.grad(3 * one, (x, head)) for one in (loss, exact)), strict=True):
+        largest = right.abs().max().item()  # a logit's rounding grows with the logit, and is a relative error of its probability
+        torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-7 * max(spread, 10) * largest)
+
+
+def test_the_loss_without_gradients_is_the_same(net):
+    targets = torch.roll(IDX, -1, 1)
+    with torch.no_grad():
+        alone = net(IDX, targets)[1]
+    assert not alone.requires_grad and alone.item() == pytest.approx(net(IDX, targets)[1].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [40, 2500])  # less than one piece; three, the last one shorter
 def test_the_loss_in_pieces_has_the_gradients_of_the_whole(tokens):
     net = GPT(model.GPTConfig(1, 2, 16, tokens, 100), seed=3)
     idx, targets = torch.randint(100, (2, 1, tokens), generator=torch.Generator().manual_seed(0))
