@@ -152,20 +152,20 @@ class Block(nn.Module):
         return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
-IN_CACHE = 1024  # tokens whose logits exist at a time in training on a CPU; fewer make smaller, slower matrix products
+PIECE = 1024  # tokens whose logits exist at a time on a CPU; fewer make smaller, slower matrix products
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Mean loss of the output layer, with its gradients made at once: how a CPU trains without autocast and compilers.
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean loss of the output layer, with its gradients made at once: how a CPU trains in float32.
 
     The logits are the largest array of a small model's step. Here they become probabilities, then their own gradient, in the memory in
-    which they were made, and are read while they are in the cache, with one exponential a logit instead of two.
-    Takes x: (N, C), head: (vocab, C), both float32, and targets: (N,) int64. Returns a scalar, nats per token.
+    which they were made, with one exponential a logit instead of two. There is no second derivative. GPUs and compilers want the plain way.
+    Takes x: (N, C), head: (vocab, C), both float32, and targets: (N,) int64, none outside the vocabulary. Returns a scalar, nats per token.
     """
     @staticmethod
     def forward(ctx, x, head, targets):
-        dx, dhead, losses, room = torch.empty_like(x), torch.zeros_like(head), [], x.new_empty(min(len(x), IN_CACHE), len(head))
-        for part, answers, slope in zip(x.split(IN_CACHE), targets[:, None].split(IN_CACHE), dx.split(IN_CACHE), strict=True):
+        dx, dhead, losses, room = torch.empty_like(x), torch.zeros_like(head), [], x.new_empty(min(len(x), PIECE), len(head))
+        for part, answers, dpart in zip(x.split(PIECE), targets[:, None].split(PIECE), dx.split(PIECE), strict=True):
             logits = torch.mm(part, head.T, out=room[:len(part)])
             logits -= logits.amax(1, keepdim=True)
             right = logits.gather(1, answers)
@@ -173,15 +173,15 @@ class CrossEntropy(torch.autograd.Function):
             losses.append(total.log() - right)
             logits *= 1 / (len(x) * total)  # softmax / N
             logits.scatter_add_(1, answers, logits.new_full(answers.shape, -1 / len(x)))  # (softmax - one-hot) / N
-            torch.mm(logits, head, out=slope)
+            torch.mm(logits, head, out=dpart)
             dhead.addmm_(logits.T, part)
         ctx.save_for_backward(dx, dhead)
         return torch.cat(losses).mean()
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx, upstream):
         dx, dhead = ctx.saved_tensors
-        return slope * dx, slope * dhead, None
+        return upstream * dx, upstream * dhead, None
 
 
 class GPT(nn.Module):
@@ -231,10 +231,9 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return F.linear(x, self.head), None
-        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if on_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, CrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten())
-        return None, F.linear_cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        loss = LinearCrossEntropy.apply if x.requires_grad and not plain else F.linear_cross_entropy
+        return None, loss(x.flatten(0, 1), self.head, targets.flatten())
 
     def losses(self, idx, targets, memory: int = 36 << 20):
         """Losses in nats per token, (B, T), with no more than about `memory` bytes of logits at a time; for evaluation.
@@ -242,7 +241,7 @@ class GPT(nn.Module):
         36 MB are just above the 32 from which malloc gives back at once what is free.
         """
         x, rows = self.hidden(idx).flatten(0, 1), max(memory // (4 * self.config.vocab_size), 1)
-        rows = min(rows, IN_CACHE) if x.device.type == "cpu" else rows
+        rows = min(rows, PIECE) if x.device.type == "cpu" else rows
         parts = [F.cross_entropy(F.linear(part, self.head).float(), answers, reduction="none")
                  for part, answers in zip(x.split(rows), targets.flatten().split(rows), strict=True)]
         return torch.cat(parts).view_as(targets)

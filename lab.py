@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import lawa_core
+from corpora import ROOT
 from lawa_core import LawaError
 
 IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}  # names a kernel brings along
@@ -54,7 +55,7 @@ class Lab:
         if self.spacing % self.config.ckpt_interval:
             raise LawaError(f"spacing must be a multiple of the checkpoint interval {self.config.ckpt_interval}, got {self.spacing}")
         lawa_core.lawa(self.k, self.spacing)
-        self.folder = Path(values.get("out") or model.ROOT / "results" / f"scale-{values['scale']}") / name
+        self.folder = Path(values.get("out") or ROOT / "results" / f"scale-{values['scale']}") / name
         self.figures, self.verdicts = [], []
         _style()
 
@@ -69,12 +70,13 @@ class Lab:
         schemes, at: as for `model.evaluate_trajectory`, or functions of the configuration that return them.
         """
         import model
+        from many_runs import train_all
         configs = list(configs)
         if missing := [config for config in configs if not (model.run_dir(config) / "summary.json").exists()]:
             print(model.plan(missing))
         schemes, at = (given if callable(given) else lambda config, given=given: given for given in (schemes, at))
         return [{field: getattr(config, field) for field in fields} | row
-                for config, run in zip(configs, model.train_all(configs), strict=True)
+                for config, run in zip(configs, train_all(configs), strict=True)
                 for row in model.evaluate_trajectory(run, schemes(config), at(config), self.values["n_blocks"])]
 
     def figure(self, fig, name: str, title: str, caption: str) -> None:

@@ -1,7 +1,7 @@
 """The nanoGPT: train a GPT on one machine, leave a trajectory of checkpoints behind, and evaluate averages along it.
 
 The sections follow the data: training, evaluation, text, command line. What a run is, and what it costs, is in recipes.py, the network
-itself in gpt.py, corpora in corpora.py. Losses are nats per token.
+itself in gpt.py, corpora in corpora.py; many runs at a time are in many_runs.py. Losses are nats per token.
 """
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ import fcntl
 import json
 import math
 import os
-import select
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lawa_core
-from corpora import ROOT, Corpus, open_corpus
+from corpora import Corpus, open_corpus
 from gpt import GPT, PRESETS as PRESETS, GPTConfig, blank, preset
 from lawa_core import JobFailed, LawaError, checkpoint_name, scheme_dir
 from recipes import (
@@ -72,7 +68,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         eval_interval: steps between validation losses in val.csv; 0: none
         state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
         keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
-        leave: steps whose state stays as state_<step>.pt, for a run that begins with this one (see `begin_with`)
+        leave: steps whose state stays as state_<step>.pt, for a run that begins with this one (see `many_runs.begin_with`)
         progress: called with (step, max_iters, loss)
     Errors: LawaError for a bad configuration or a missing corpus; JobFailed for a loss that is not finite or a full disk, the last good
     state is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
@@ -96,7 +92,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
         if rank == 0:
             _claim(folder, config, corpus)
-        with _locked(folder) if rank == 0 else contextlib.nullcontext():
+        with locked(folder) if rank == 0 else contextlib.nullcontext():
             if world > 1:
                 torch.distributed.barrier()  # the folder is claimed before the others look at it
             if not (folder / "summary.json").exists():
@@ -144,7 +140,7 @@ def _claim(folder: Path, config: Config, corpus: Corpus) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path):
+def locked(folder: Path):
     """One process per run; another one waits and then finds the work done. The lock goes with its process, even after kill -9."""
     with open(folder / ".lock", "w") as lock:
         try:
@@ -370,174 +366,6 @@ def _signals():
             signal.signal(number, handler)
 
 
-def train_all(configs, jobs: int | None = None, every: float = 5.0) -> list[Path]:
-    """Train the runs that are not finished, `jobs` processes at a time sharing the cores, and return all run folders, in order.
-
-    Steps that two of the missing runs share, up to where their rates part, are trained once. jobs: default $LAWA_JOBS, else one per core on
-    a CPU (small models use one core best), one on a GPU. Prints a line with rate and time left every `every` seconds. Errors: LawaError
-    that names each failed run and its message, once all others are done. Interrupted, the runs save their state.
-    """
-    runs = [(run_dir(config), config) for config in configs]
-    missing = {folder: config for folder, config in runs if not (folder / "summary.json").exists()}
-    cores = os.cpu_count() or 1
-    jobs = max(jobs or int(os.environ.get("LAWA_JOBS", 0)) or (1 if pick_device().type == "cuda" else cores), 1)
-    threads = str(max(cores // jobs, 1))  # however many runs are missing: the bits depend on it
-    report, trunks, workers, idle, busy, failed = _Report(missing, every), _trunks(missing), [], [], {}, []
-    try:
-        while missing or busy:
-            unfinished = {*missing, *busy.values()}
-            ready = [folder for folder in missing if folder not in trunks or trunks[folder][0] not in unfinished]
-            for folder in ready[:jobs - len(busy)]:
-                idle = [worker for worker in idle if worker.poll() is None]
-                if not idle:
-                    workers.append(_worker())
-                    idle.append(workers[-1])
-                config, worker = missing.pop(folder), idle.pop()
-                if folder in trunks:
-                    begin_with(*trunks[folder], folder, config)
-                leave = ",".join({str(step) for trunk, step in trunks.values() if trunk == folder})
-                words = (*flags(config), "--out_dir", str(folder), "--threads", threads, "--leave", leave)
-                print(json.dumps(words), file=worker.stdin, flush=True)
-                busy[worker] = folder
-            answered = select.select([worker.stdout for worker in busy], [], [], 1.0)[0]
-            for worker in [worker for worker in busy if worker.stdout in answered]:
-                folder, answer = busy.pop(worker), worker.stdout.readline()
-                wrong = json.loads(answer) if answer else _last_words(worker)
-                failed += [f"{folder.name}: {wrong}"] if wrong else []
-                idle += [worker] if answer else []
-            report(len(missing) + len(busy))
-    finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.communicate()
-        for trunk, step in trunks.values():
-            (trunk / f"state_{step}.pt").unlink(missing_ok=True)
-    if failed:
-        raise LawaError("; ".join(failed))
-    return [folder for folder, _ in runs]
-
-
-# what may differ between two configurations that train alike as long as their learning rates are the same
-LATER = ("max_iters", "schedule", "min_lr_frac", "cooldown_frac", "hold_frac", "burst_at", "burst_iters", "burst_factor", "averages")
-
-
-def shared_steps(a: Config, b: Config) -> int:
-    """The steps for which the run b is the run a, bit for bit; 0 as well where b keeps averages that a does not."""
-    same = all(getattr(a, f.name) == getattr(b, f.name) for f in dataclasses.fields(Config) if f.name not in LATER)
-    if not same or not b.online.keys() <= a.online.keys():
-        return 0
-    steps = range(a.init_step, min(a.max_iters, b.max_iters))
-    return next((step for step in steps if learning_rate(a, step) != learning_rate(b, step)), steps.stop)
-
-
-def _trunks(missing: dict[Path, Config]) -> dict[Path, tuple[Path, int]]:
-    """{run: (the run it begins with, for how many steps)}, for runs that share a quarter of their steps or more with one before them."""
-    found, whole = {}, []
-    for folder, config in missing.items():
-        steps, trunk = max(((shared_steps(missing[trunk], config), trunk) for trunk in whole), default=(0, None))
-        if steps < config.max_iters / 4 or (folder / "config.json").exists():
-            whole.append(folder)
-        else:
-            found[folder] = (trunk, steps)
-    return found
-
-
-def begin_with(trunk: Path, step: int, folder: Path, config: Config) -> None:
-    """Give a new run what the run `trunk` was until `step`: checkpoints (as links), metrics and the state that it left.
-
-    Without a state, of a trunk that failed, or if another process has begun the run, nothing.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if not (state := trunk / f"state_{step}.pt").exists() or (folder / "config.json").exists():
-            return
-        for part in ("", *map(scheme_dir, config.online)):
-            (folder / part).mkdir(exist_ok=True)
-            for path in (trunk / part).glob("ckpt_*.safetensors"):
-                if lawa_core.step_of(path) <= step:
-                    _link(path, folder / part / path.name)
-        _link(trunk / "metrics.csv", folder / "metrics.csv")  # training replaces it by the rows up to the state's step
-        _link(state, folder / "resume.pt")  # last: without it, a run starts at 0
-
-
-def _link(path: Path, name: Path) -> None:
-    """Another name for a file that nobody writes to again; a copy where the disk has no links."""
-    with lawa_core.replacing(name) as part:
-        try:
-            os.link(path, part)
-        except OSError:
-            shutil.copyfile(path, part)
-
-
-def _worker() -> subprocess.Popen:
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it is closed and gone with the worker
-    command = [sys.executable, str(ROOT / "model.py"), "work"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-    worker.errors = errors
-    return worker
-
-
-def _last_words(worker: subprocess.Popen) -> str:
-    """Why a worker ended in the midst of a run."""
-    status = worker.wait()
-    worker.errors.seek(0)
-    return (worker.errors.read().strip().splitlines() or [f"its process ended with exit status {status}"])[-1]
-
-
-def work() -> int:
-    """Train the runs that come on stdin, each a line with a JSON list of `train`'s options; answer each with a JSON text, empty or what
-    went wrong. For `train_all`: starting Python and torch takes three seconds, which a short run should not pay again.
-    """
-    for line in sys.stdin:
-        wrong = ""
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                args = vars(_parser().parse_args(["train", *json.loads(line)]))
-                del args["command"]
-                _train(args)
-            torch.compiler.reset()  # the next run's model is another
-        except Exception as error:
-            said = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else ""
-            wrong = " ".join((said or repr(error)).split())
-        print(json.dumps(wrong), flush=True)
-    return 0
-
-
-class _Report:
-    """A line every few seconds about runs that other processes train: how many, steps, rate, time left."""
-
-    def __init__(self, runs: dict[Path, Config], every: float):
-        self.runs, self.every, self.begun, self.told = dict(runs), every, time.monotonic(), time.monotonic()
-        self.total, self.first = sum(config.max_iters for config in runs.values()), self._done()
-
-    def _done(self) -> int:
-        return sum(map(steps_done, self.runs))
-
-    def __call__(self, unfinished: int) -> None:
-        now = time.monotonic()
-        if self.runs and (now - self.told >= self.every or not unfinished):
-            self.told, done = now, self._done()
-            rate = (done - self.first) / (now - self.begun)
-            left = f"{(self.total - done) / rate:.0f} s left" if rate else "starting"
-            print(f"training: {len(self.runs) - unfinished} of {len(self.runs)} runs, {done:,} of {self.total:,} steps, "
-                  f"{rate:.1f} steps/s, {left}", flush=True)
-
-
-def steps_done(folder: Path) -> int:
-    """Steps in a run's metrics.csv, from its last whole line."""
-    try:
-        lines = (folder / "metrics.csv").read_text().splitlines()
-        return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
-    except (OSError, ValueError):
-        return 0
-
-
-def flags(config: Config) -> list[str]:
-    """The command line of a configuration."""
-    return [word for f in dataclasses.fields(config) for word in (f"--{f.name}", str(getattr(config, f.name)))]
-
-
 # ---- 2. Evaluation ------------------------------------------------------------------------------------------------------------------
 
 BLOCKS = 128  # validation blocks by default
@@ -690,7 +518,7 @@ class _Cache:
     def write(self) -> None:
         if not self.path:
             return
-        with _locked(self.path.parent):
+        with locked(self.path.parent):
             rows = _Cache(self.path, self.n_blocks).rows | self.rows
             with lawa_core.replacing(self.path) as part, open(part, "w", newline="") as file:
                 writer = csv.writer(file)
@@ -761,6 +589,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def flags(config: Config) -> list[str]:
+    """The command line of a configuration."""
+    return [word for f in dataclasses.fields(config) for word in (f"--{f.name}", str(getattr(config, f.name)))]
+
+
 class _Bar(lawa_core.Progress):
     def __call__(self, step, max_iters, loss):
         super().__call__(step, max_iters, f"loss {loss:.3f}")
@@ -788,6 +621,25 @@ def _plan(args: dict) -> str:
 
 def _sample(args: dict) -> str:
     return sample(**args | {"scheme": args["scheme"] and lawa_core.parse_scheme(args["scheme"])})
+
+
+def work() -> int:
+    """Train the runs that come on stdin, each a line with a JSON list of `train`'s options; answer each with a JSON text, empty or what
+    went wrong. For `many_runs.train_all`: starting Python and torch takes three seconds, which a short run should not pay again.
+    """
+    for line in sys.stdin:
+        wrong = ""
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                args = vars(_parser().parse_args(["train", *json.loads(line)]))
+                del args["command"]
+                _train(args)
+            torch.compiler.reset()  # the next run's model is another
+        except Exception as error:
+            said = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else ""
+            wrong = " ".join((said or repr(error)).split())
+        print(json.dumps(wrong), flush=True)
+    return 0
 
 
 def main(argv=None) -> int:

@@ -98,7 +98,7 @@ run_tests() { # tests on two workers, a file each at a time, since they share fi
 # --- notebooks ---
 
 stamp_of() { # what a notebook's result depends on
-  cat "notebooks/$1.ipynb" lawa_{core,files,mix,schemes,hub}.py {gpt,corpora,recipes,model,pythia,lab}.py data/stdlib/meta.json - <<<"$scale" | hash256
+  cat "notebooks/$1.ipynb" lawa_{core,files,mix,schemes,hub}.py {gpt,corpora,recipes,model,many_runs,pythia,lab}.py data/stdlib/meta.json - <<<"$scale" | hash256
 }
 
 last_error() { # the last line of a log that names an error, else its last line

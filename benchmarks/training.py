@@ -56,7 +56,7 @@ SIZES = {"nano": Size(8), "micro": Size(LAPTOP["batch_size"], blocks=128), "mini
 PRODUCTS = ((1024, 128, 512), (1024, 256, 1024), (1024, 384, 1536), (1024, 768, 3072), (2048, 2048, 2048))  # tokens, width in, width out
 TOLERANCE = 3e-6  # of a loss, relative: about 25 fp32 ulps; no weight decay, twice the scale in one layer show at 1e-5 within ten steps
 EXAMPLES = """examples
-  python benchmarks/training.py                       everything, about eight minutes on two quiet cores
+  python benchmarks/training.py                       everything, about a quarter of an hour on two quiet cores
   python benchmarks/training.py --quick               under a minute
   python benchmarks/training.py --only growth costs   these again; the other sections' numbers stay in the file
 exit status: 0 measured, whether or not what was expected was reached; 1 a contestant disagrees or fails; 2 bad usage; 130 interrupted"""

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lab import beyond_spread, chosen_elsewhere, grid, in_favour, mean_se, numbers, pm
+from corpora import ROOT
+from lab import Lab, beyond_spread, chosen_elsewhere, grid, in_favour, mean_se, numbers, pm
 from lawa_core import LawaError
 
 ROWS = [{"lr": lr, "seed": seed, "scheme": scheme, "loss": lr * 10 + seed + (scheme == "lawa") / 2}
@@ -32,6 +33,13 @@ def test_no_seed_chooses_for_itself():
     assert chosen_elsewhere([[0.0, 0.0, 9.0], [1.0, 1.0, 1.0]]) == [0, 0, 1]
     assert chosen_elsewhere([[math.nan, 0.3], [0.2, 0.1]]) == [0, 1]
     assert chosen_elsewhere([[0.1], [0.2]]) == [1]
+
+
+def test_results_go_beside_the_code_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, folder in ((None, ROOT / "results" / "scale-smoke"), (str(tmp_path / "x y"), tmp_path / "x y")):
+        settings = {"__annotations__": {"scale": str, "out": str}, "scale": "smoke", "out": given}
+        assert Lab("some", "Where to?", settings).folder == folder / "some"
 
 
 def test_words():

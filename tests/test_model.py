@@ -22,9 +22,10 @@ import reference as ref
 import torch
 import torch.nn.functional as F
 
+import many_runs
 import model
 import recipes
-from gpt import GPT, CrossEntropy, GPTConfig, load_hf, save_hf
+from gpt import GPT, GPTConfig, LinearCrossEntropy, load_hf, save_hf
 from lawa_core import LawaError, ema, lawa, open_trajectory
 from model import Config, batch, evaluate, evaluate_trajectory, learning_rate, open_corpus, run_dir, train
 
@@ -704,6 +705,15 @@ def test_two_ranks_are_one_run(config, tmp_path):
     assert_same_run(lost, two)
 
 
+def test_two_ranks_accumulate(config, tmp_path):
+    """Two micro-batches a rank, whose gradients travel once, are the same run within fp32 noise."""
+    one, two = train(config, tmp_path / "one"), tmp_path / "two"
+    done = torchrun(ROOT / "model.py", changed(config, batch_size=1, accumulation=4), two, "--standalone")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
+    assert_near(weights(two, 12), weights(one, 12), ref.read_safetensors(one / "ckpt_2.safetensors")[0], 2e-3)
+
+
 def test_a_restart_that_would_hang_is_refused(config, tmp_path):
     """torchrun's default keeps the addresses of the lost attempt."""
     (script := tmp_path / "loses_a_rank.py").write_text(LOSES_A_RANK)
@@ -1237,11 +1247,20 @@ def test_the_loss_on_a_cpu_is_the_float64_one(tokens, spread):
     x, head = (torch.randn(size, 16, generator=draw).mul_(scale).requires_grad_() for size, scale in ((tokens, 1), (100, spread / 4)))
     targets = torch.randint(100, (tokens,), generator=draw)
     exact = F.cross_entropy(F.linear(x.double(), head.double()), targets)
-    loss = CrossEntropy.apply(x, head, targets)
+    loss = LinearCrossEntropy.apply(x, head, targets)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
     for found, right in zip(*(torch.autograd.grad(3 * one, (x, head)) for one in (loss, exact)), strict=True):
         largest = right.abs().max().item()  # a logit's rounding grows with the logit, and is a relative error of its probability
         torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-7 * max(spread, 10) * largest)
+
+
+def test_the_loss_on_a_cpu_passes_on_what_is_no_number_and_may_be_gone_back_through_twice():
+    x, head, targets = torch.ones(3, 4, requires_grad=True), torch.eye(5, 4, requires_grad=True), torch.tensor([0, 1, 4])
+    loss = LinearCrossEntropy.apply(x, head, targets)
+    first, second = (torch.autograd.grad(loss, (x, head), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    for odd in (math.nan, math.inf):
+        assert not math.isfinite(LinearCrossEntropy.apply(x + odd, head, targets))
 
 
 def test_the_loss_without_gradients_is_the_same(net):
@@ -1380,14 +1399,14 @@ def test_train_all(config, tmp_path, monkeypatch, capsys):
     before = digest(done)
     bad = changed(config, lr=1e30, warmup_iters=0)
     with pytest.raises(LawaError) as caught:
-        model.train_all([bad, *seeds, seeds[1]], jobs=2)
+        many_runs.train_all([bad, *seeds, seeds[1]], jobs=2)
     assert run_dir(bad).name in str(caught.value) and run_dir(seeds[1]).name not in str(caught.value)
     assert "\n" not in str(caught.value) and "loss" in str(caught.value)
     assert digest(done) == before
     assert column(run_dir(seeds[1]), "step") == list(range(1, 13))
     assert " left" in capsys.readouterr().out
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing to do: not even a process is started
-    assert model.train_all([seeds[1], *seeds]) == [run_dir(seeds[1]), *map(run_dir, seeds)]
+    assert many_runs.train_all([seeds[1], *seeds]) == [run_dir(seeds[1]), *map(run_dir, seeds)]
 
 
 def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, monkeypatch):
@@ -1395,7 +1414,7 @@ def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, mon
     monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
     runs = [changed(config, lr=1e30, warmup_iters=0), changed(config, seed=1), changed(config, preset="nano", averages="ema(0.9)")]
     with pytest.raises(LawaError):
-        model.train_all(runs, jobs=1)
+        many_runs.train_all(runs, jobs=1)
     for number, one in enumerate(runs[1:]):
         assert_same_run(run_dir(one), train(one, tmp_path / str(number), threads=os.cpu_count()))
 
@@ -1422,9 +1441,9 @@ def test_shared_steps_are_those_of_equal_rates(config):
         naive = 0
         while naive < min(late.max_iters, other.max_iters) and learning_rate(late, naive) == learning_rate(other, naive):
             naive += 1
-        assert model.shared_steps(late, other) == (naive if set(other.online) <= set(late.online) else 0)
+        assert many_runs.shared_steps(late, other) == (naive if set(other.online) <= set(late.online) else 0)
     for fields in ({"seed": 9}, {"beta2": 0.9}, {"ckpt_interval": 4}, {"batch_size": 1}, {"corpus": "other"}):
-        assert model.shared_steps(config, changed(config, **fields)) == 0
+        assert many_runs.shared_steps(config, changed(config, **fields)) == 0
 
 
 @pytest.mark.parametrize("jobs, links", [(1, True), (3, True), (1, False)])
@@ -1437,8 +1456,8 @@ def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, links, config, t
     runs = [trunk, changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
             changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25), changed(trunk, max_iters=16)]
     seen = []
-    monkeypatch.setattr(model, "begin_with", lambda *args, begin=model.begin_with: (seen.append(args[1]), begin(*args)))
-    folders = model.train_all(runs, jobs=jobs)
+    monkeypatch.setattr(many_runs, "begin_with", lambda *args, begin=many_runs.begin_with: (seen.append(args[1]), begin(*args)))
+    folders = many_runs.train_all(runs, jobs=jobs)
     assert sorted(seen) == [9, 10, 12]
     for number, (one, folder) in enumerate(zip(runs, folders, strict=True)):
         assert_same_run(folder, train(one, tmp_path / str(number), threads=max(os.cpu_count() // jobs, 1)))
@@ -1448,9 +1467,9 @@ def test_a_trunk_that_fails_leaves_its_branch_to_start_by_itself(config, tmp_pat
     monkeypatch.setattr(recipes, "RUNS", tmp_path)
     trunk = changed(config, schedule="constant", burst_at=10, burst_iters=2, burst_factor=1e38)
     branch = changed(config, schedule="constant")
-    assert model.shared_steps(trunk, branch) == 10
+    assert many_runs.shared_steps(trunk, branch) == 10
     with pytest.raises(LawaError, match=run_dir(trunk).name):
-        model.train_all([trunk, branch], jobs=1)
+        many_runs.train_all([trunk, branch], jobs=1)
     assert (run_dir(branch) / "summary.json").exists() and not list(tmp_path.rglob("state_*"))
 
 
@@ -1466,7 +1485,7 @@ def hook(event, args):
 sys.addaudithook(hook)
 import torch
 seen.clear()  # what torch does is its own affair
-import model
+import model, many_runs
 heavy = {"transformers", "matplotlib", "jupyter", "tiktoken"} & set(sys.modules)
 print(json.dumps([model.__file__, seen, torch.cuda.is_initialized(), sorted(heavy)]))
 """

@@ -19,6 +19,7 @@ import lawa_core
 import lawa_hub
 import model
 import pythia
+from corpora import ROOT
 from gpt import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf, write_hf
 from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
 
@@ -618,7 +619,7 @@ def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):
     papermill = pytest.importorskip("papermill")
     parameters = {"model": REPO, "steps": "10,40,10", "k": 2, "corpus": str(corpus.folder), "eval_tokens": 256, "endpoint": hub.url,
                   "hub_folder": str(tmp_path / "cache"), "device": "cpu", "on_disk": True, "hours": 40.0, "out": str(tmp_path / "out")}
-    notebook = model.ROOT / "notebooks" / "pythia_replay.ipynb"
+    notebook = ROOT / "notebooks" / "pythia_replay.ipynb"
     made = papermill.execute_notebook(notebook, tmp_path / "made.ipynb", parameters, kernel_name="python3", cwd=str(tmp_path),
                                       progress_bar=False)
     printed = "".join(output.get("text", "") for cell in made.cells for output in cell.get("outputs", []))

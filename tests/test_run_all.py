@@ -47,7 +47,8 @@ def make_project(folder):
         (folder / inner).mkdir(parents=True)
     for name in ("run_all.sh", "pages.py"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("lawa_core", "lawa_files", "lawa_mix", "lawa_schemes", "lawa_hub", "gpt", "corpora", "recipes", "model", "pythia", "lab"):
+    for name in ("lawa_core", "lawa_files", "lawa_mix", "lawa_schemes", "lawa_hub", "gpt", "corpora", "recipes", "model", "many_runs",
+                 "pythia", "lab"):
         (folder / f"{name}.py").write_text("")
     (folder / "constraints.txt").write_text("")
     extras = 'optional-dependencies = {notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
