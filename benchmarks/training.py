@@ -54,6 +54,7 @@ class Size(NamedTuple):
 SIZES = {"nano": Size(8), "micro": Size(LAPTOP["batch_size"], blocks=128), "mini": Size(8, blocks=32), "midi": Size(4),
          "gpt2-small": Size(1, 50_257, compared=2, rounds=3, blocks=2)}
 PRODUCTS = ((1024, 128, 512), (1024, 256, 1024), (1024, 384, 1536), (1024, 768, 3072), (2048, 2048, 2048))  # tokens, width in, width out
+SHORTER = 5  # times as many rounds of growth, each as much shorter: a shared machine changes its speed within seconds
 TOLERANCE = 3e-6  # of a loss, relative: about 25 fp32 ulps; no weight decay, twice the scale in one layer show at 1e-5 within ten steps
 EXAMPLES = """examples
   python benchmarks/training.py                       everything, about a quarter of an hour on two quiet cores
@@ -248,7 +249,7 @@ def growth(args, folder):
         config, corpus = sized(preset)
         ours = project(config, corpus, folder)
         work = contestants(ours, config, corpus, folder) | {"mm": multiply(*best)}
-        took = in_turns(work, SIZES[preset].rounds or args.repeats, args.seconds)
+        took = in_turns(work, SIZES[preset].rounds or SHORTER * args.repeats, args.seconds / SHORTER)
         c, parameters = ours.model.config, ours.model.size()
         flops = config.tokens_per_step * (6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size)
         rows.append({"preset": preset, "parameters": parameters, "batch": f"{config.batch_size} x {c.block_size}",
@@ -429,7 +430,7 @@ def parse(argv):
     parser = argparse.ArgumentParser("training.py", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--presets", nargs="+", choices=SIZES, default=list(SIZES), metavar="PRESET", help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--repeats", type=int, help="rounds (default 5, with --quick 1; gpt2-small always 3)")
+    parser.add_argument("--repeats", type=int, help="rounds (default 5, with --quick 1; of growth five times as many; gpt2-small always 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all but launched runs (default here %(default)s)")
     parser.add_argument("--quick", action="store_true", help="scale laptop's size only, in short; kept only if --out is given")
     parser.add_argument("--out", type=Path, help="JSON file whose sections are replaced (default: training.json beside this script)")
