@@ -15,6 +15,7 @@ The table is printed and kept in averaging.json beside this script, {"workloads"
 seconds and bytes; a workload that is run again replaces its own entry only.
 Exit status: 0 measured, whatever was reached; 1 nothing could be measured; 2 bad usage; 130 interrupted, with the finished workloads kept.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,16 +42,32 @@ from statistics import median
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = {"mergekit": ["mergekit==0.1.5", "torch==2.13.0"], "ema-pytorch": ["ema-pytorch==0.8.3", "torch==2.13.0"],
-         "timm": ["--no-deps", "timm==1.0.31"]}  # without torchvision, whose builds fit one build of torch each
+PEERS = {
+    "mergekit": ["mergekit==0.1.5", "torch==2.13.0"],
+    "ema-pytorch": ["ema-pytorch==0.8.3", "torch==2.13.0"],
+    "timm": ["--no-deps", "timm==1.0.31"],
+}  # without torchvision, whose builds fit one build of torch each
 
 
 # ---- 1. Checkpoints -----------------------------------------------------------------------------------------------------------------
 
-GPT2 = {"full": (12, 768, 50257, 1024), "small": (6, 384, 4096, 256)}  # layers, width, vocabulary, block size: 124,439,808 values
-PYTHIA = {"full": (24, 2048, 100608, 2048), "small": (8, 768, 16384, 256)}  # Pythia-1.4B's; both its embeddings as one tensor
-FIXTURES = {"fp32": ("F32", 20, GPT2), "bf16": ("BF16", 5, GPT2), "1.4B": ("BF16", 5, PYTHIA)}  # dtype, checkpoints, sizes
-BYTES, DIGITS = {"F32": 4, "BF16": 2}, {"F32": 24, "BF16": 8}  # per value; binary digits of the significand
+GPT2 = {
+    "full": (12, 768, 50257, 1024),
+    "small": (6, 384, 4096, 256),
+}  # layers, width, vocabulary, block size: 124,439,808 values
+PYTHIA = {
+    "full": (24, 2048, 100608, 2048),
+    "small": (8, 768, 16384, 256),
+}  # Pythia-1.4B's; both its embeddings as one tensor
+FIXTURES = {
+    "fp32": ("F32", 20, GPT2),
+    "bf16": ("BF16", 5, GPT2),
+    "1.4B": ("BF16", 5, PYTHIA),
+}  # dtype, checkpoints, sizes
+BYTES, DIGITS = (
+    {"F32": 4, "BF16": 2},
+    {"F32": 24, "BF16": 8},
+)  # per value; binary digits of the significand
 SPACING = 100  # steps between checkpoints
 
 
@@ -58,11 +75,21 @@ def shapes(layers: int, width: int, vocab: int, block: int) -> dict[str, tuple[i
     """GPT-2's tensors: {name: shape}."""
     weights = {"wte": (vocab, width), "wpe": (block, width)}
     for layer in range(layers):
-        linear = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}  # in widths
-        weights |= {f"h.{layer}.{name}": (rows * width, columns * width) for name, (rows, columns) in linear.items()}
+        linear = {
+            "attn.c_attn": (1, 3),
+            "attn.c_proj": (1, 1),
+            "mlp.c_fc": (1, 4),
+            "mlp.c_proj": (4, 1),
+        }  # in widths
+        weights |= {
+            f"h.{layer}.{name}": (rows * width, columns * width)
+            for name, (rows, columns) in linear.items()
+        }
         weights |= {f"h.{layer}.ln_1": (width,), f"h.{layer}.ln_2": (width,)}
     weights["ln_f"] = (width,)
-    biases = {f"{name}.bias": shape[-1:] for name, shape in weights.items() if name not in ("wte", "wpe")}
+    biases = {
+        f"{name}.bias": shape[-1:] for name, shape in weights.items() if name not in ("wte", "wpe")
+    }
     return {f"{name}.weight": shape for name, shape in weights.items()} | biases
 
 
@@ -79,21 +106,31 @@ def make_checkpoints(folder: Path, fixture: str, size: str) -> list[Path]:
         return paths
     table, offset, tile, total = {}, 0, 1 << 20, values_in(fixture, size)
     for name, shape in shapes(*sizes[size]).items():
-        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, offset := offset + BYTES[dtype] * math.prod(shape))}
+        table[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": (offset, offset := offset + BYTES[dtype] * math.prod(shape)),
+        }
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    normal = np.random.default_rng(0).standard_normal(4 * tile, np.float32)  # values are slices of it: drawing 1e10 takes minutes
+    normal = np.random.default_rng(0).standard_normal(
+        4 * tile, np.float32
+    )  # values are slices of it: drawing 1e10 takes minutes
     for number, path in enumerate(paths):
         base, noise = np.random.default_rng(1), np.random.default_rng(2 + number)
         with open(part / path.name, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for start in range(0, total, tile):
                 at, own = base.integers(3 * tile), noise.integers(3 * tile)
-                values = (0.02 * normal[at:at + tile] + 1e-3 * normal[own:own + tile])[:total - start]
-                file.write(values if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16))
+                values = (0.02 * normal[at : at + tile] + 1e-3 * normal[own : own + tile])[
+                    : total - start
+                ]
+                file.write(
+                    values if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+                )
     os.sync()  # or the disk would still be writing when the first contender runs
     part.rename(folder)
     return paths
@@ -102,19 +139,29 @@ def make_checkpoints(folder: Path, fixture: str, size: str) -> list[Path]:
 def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """{name: (dtype, mapped bytes)} of a safetensors file, without the reader under test."""
     with open(path, "rb") as file:
-        length, = struct.unpack("<Q", file.read(8))
+        (length,) = struct.unpack("<Q", file.read(8))
         table = json.loads(file.read(length))
     data = np.memmap(path, np.uint8, "r", offset=8 + length)
-    return {name: (info["dtype"], data[slice(*info["data_offsets"])]) for name, info in table.items() if name != "__metadata__"}
+    return {
+        name: (info["dtype"], data[slice(*info["data_offsets"])])
+        for name, info in table.items()
+        if name != "__metadata__"
+    }
 
 
 def doubles(tensor: tuple[str, np.ndarray], start: int, stop: int) -> np.ndarray:
     dtype, raw = tensor
-    raw = raw[start * BYTES[dtype]:stop * BYTES[dtype]]
-    return (raw.view("<f4") if dtype == "F32" else (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)).astype(np.float64)
+    raw = raw[start * BYTES[dtype] : stop * BYTES[dtype]]
+    return (
+        raw.view("<f4")
+        if dtype == "F32"
+        else (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    ).astype(np.float64)
 
 
-def compare(output: Path, weights: dict[Path, float], most: int = 1 << 26, tile: int = 1 << 18) -> tuple[float, float]:
+def compare(
+    output: Path, weights: dict[Path, float], most: int = 1 << 26, tile: int = 1 << 18
+) -> tuple[float, float]:
     """How far the output is from sum(weight * input) / sum(weight) in float64: (most ulp of its type, share of values more than 1 ulp off).
 
     Where the inputs cancel, a sum that was rounded on its way is off by any number of ulp, so the share says more about such a contender.
@@ -126,13 +173,25 @@ def compare(output: Path, weights: dict[Path, float], most: int = 1 << 26, tile:
 
     def errors(place) -> tuple[float, int, int]:
         name, start = place
-        exact = sum(w * doubles(tensors[name], start, start + tile) for tensors, w in zip(inputs, weights.values(), strict=True))
+        exact = sum(
+            w * doubles(tensors[name], start, start + tile)
+            for tensors, w in zip(inputs, weights.values(), strict=True)
+        )
         exact /= sum(weights.values())
-        exponent = np.maximum(np.where(exact == 0, -125, np.frexp(exact)[1]), -125)  # 2^(e-1) <= |exact| < 2^e, or subnormal
-        off = np.abs(doubles(got[name], start, start + tile) - exact) / np.ldexp(1.0, exponent - DIGITS[got[name][0]])
+        exponent = np.maximum(
+            np.where(exact == 0, -125, np.frexp(exact)[1]), -125
+        )  # 2^(e-1) <= |exact| < 2^e, or subnormal
+        off = np.abs(doubles(got[name], start, start + tile) - exact) / np.ldexp(
+            1.0, exponent - DIGITS[got[name][0]]
+        )
         off = np.nan_to_num(off, nan=math.inf)
         return float(off.max(initial=0)), int((off > 1).sum()), len(off)
-    places = [(name, start) for name, (dtype, raw) in got.items() for start in range(0, len(raw) // BYTES[dtype], tile)]
+
+    places = [
+        (name, start)
+        for name, (dtype, raw) in got.items()
+        for start in range(0, len(raw) // BYTES[dtype], tile)
+    ]
     stride = -(-sum(len(raw) // BYTES[dtype] for dtype, raw in got.values()) // most)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         worst, bad, count = zip(*pool.map(errors, places[::stride]), strict=True)
@@ -141,9 +200,11 @@ def compare(output: Path, weights: dict[Path, float], most: int = 1 << 26, tile:
 
 # ---- 2. What runs in a process of its own -------------------------------------------------------------------------------------------
 
+
 def load_and_sum(out, *inputs):
     """The script people write: load, add in the checkpoints' own type, divide, save."""
     from safetensors.torch import load_file, save_file
+
     total = load_file(inputs[0])
     for path in inputs[1:]:
         for name, tensor in load_file(path).items():
@@ -155,23 +216,32 @@ def timm_method(out, *inputs):
     """The steps of timm's avg_checkpoints.py, which its wheel lacks: sums in float64, written as float32 whatever came in."""
     import torch
     from safetensors.torch import load_file, save_file
+
     total, most = {}, torch.finfo(torch.float32).max
     for path in inputs:
         for name, tensor in load_file(path).items():
             total[name] = total[name].add_(tensor.double()) if name in total else tensor.double()
-    save_file({name: tensor.div_(len(inputs)).clamp_(-most, most).float() for name, tensor in total.items()}, out)
+    save_file(
+        {
+            name: tensor.div_(len(inputs)).clamp_(-most, most).float()
+            for name, tensor in total.items()
+        },
+        out,
+    )
 
 
 def one_pass(k, folder, out):
     """Every full window, reading N S bytes."""
     from lawa_core import lawa, open_trajectory, sweep_files
-    sweep_files(folder, {"lawa": lawa(int(k))}, open_trajectory(folder).steps[int(k) - 1:], out)
+
+    sweep_files(folder, {"lawa": lawa(int(k))}, open_trajectory(folder).steps[int(k) - 1 :], out)
 
 
 def fresh_means(k, folder, out):
     """Every full window anew, reading (N - k + 1) k S bytes."""
     from lawa_core import average_files, checkpoint_name, lawa, open_trajectory
-    for at in open_trajectory(folder).steps[int(k) - 1:]:
+
+    for at in open_trajectory(folder).steps[int(k) - 1 :]:
         average_files(folder, {Path(out) / "lawa" / checkpoint_name(at): (lawa(int(k)), at)})
 
 
@@ -180,28 +250,45 @@ def online(size, repeats):
     import torch
 
     import model
+
     torch.set_num_threads(os.cpu_count())  # a busy machine gets fewer by default
-    gpt = model.GPT(model.preset("gpt2-small", 50257) if size == "full" else model.preset("mini", 2048))
+    gpt = model.GPT(
+        model.preset("gpt2-small", 50257) if size == "full" else model.preset("mini", 2048)
+    )
     seconds = {STEP: training_step(gpt, int(repeats))}
     calls, notes = averagers(gpt)
-    for repetition, (name, call) in itertools.product(range(-2, 4 * int(repeats)), calls.items()):  # two calls to warm up
+    for repetition, (name, call) in itertools.product(
+        range(-2, 4 * int(repeats)), calls.items()
+    ):  # two calls to warm up
         begun = time.perf_counter()
         call()
         if repetition >= 0:
             seconds.setdefault(name, []).append(time.perf_counter() - begun)
-    notes.append(f"{STEP}: forward and backward of {gpt.config.block_size} tokens, measured and scaled to the paper's {TOKENS_PER_STEP:,}, "
-                 f"and one AdamW step; fp32 on the CPU, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    notes.append(
+        f"{STEP}: forward and backward of {gpt.config.block_size} tokens, measured and scaled to the paper's {TOKENS_PER_STEP:,}, "
+        f"and one AdamW step; fp32 on the CPU, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     print(json.dumps({"seconds": seconds, "notes": notes}))
 
 
-STEP, TOKENS_PER_STEP = "a training step", 16 * 8 * 3 * 1024  # GPT-2-small's in the paper: micro-batch x accumulation x GPUs x block
+STEP, TOKENS_PER_STEP = (
+    "a training step",
+    16 * 8 * 3 * 1024,
+)  # GPT-2-small's in the paper: micro-batch x accumulation x GPUs x block
 
 
 def training_step(gpt, repeats: int) -> list[float]:
     """Seconds of one training step at the paper's batch, once per repetition. Leaves no gradients."""
     import torch
-    optimizer, block, seconds = torch.optim.AdamW(gpt.parameters(), fused=True), gpt.config.block_size, []
-    tokens = torch.randint(gpt.config.vocab_size, (1, block + 1), generator=torch.Generator().manual_seed(0))
+
+    optimizer, block, seconds = (
+        torch.optim.AdamW(gpt.parameters(), fused=True),
+        gpt.config.block_size,
+        [],
+    )
+    tokens = torch.randint(
+        gpt.config.vocab_size, (1, block + 1), generator=torch.Generator().manual_seed(0)
+    )
     for _ in range(repeats + 1):
         begun = time.perf_counter()
         gpt(tokens[:, :-1], tokens[:, 1:])[1].backward()
@@ -217,12 +304,22 @@ def averagers(gpt, beta: float = 0.999) -> tuple[dict[str, Callable], list[str]]
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     import lawa_core
+
     weights, steps, notes = [p.detach() for p in gpt.parameters()], itertools.count(), []
-    copies, window, ema = [w.clone() for w in weights], lawa_core.LAWA(gpt, k=2, spacing=1), lawa_core.EMA(gpt, beta)
+    copies, window, ema = (
+        [w.clone() for w in weights],
+        lawa_core.LAWA(gpt, k=2, spacing=1),
+        lawa_core.EMA(gpt, beta),
+    )
     averaged = AveragedModel(gpt, multi_avg_fn=get_ema_multi_avg_fn(beta))
-    calls = {"floor: one copy of the weights": lambda: [copy.copy_(w) for copy, w in zip(copies, weights, strict=True)],
-             "lawa EMA": lambda: ema.update(next(steps)), "lawa LAWA push": lambda: window.update(next(steps)),
-             "torch AveragedModel, foreach": lambda: averaged.update_parameters(gpt)}
+    calls = {
+        "floor: one copy of the weights": lambda: [
+            copy.copy_(w) for copy, w in zip(copies, weights, strict=True)
+        ],
+        "lawa EMA": lambda: ema.update(next(steps)),
+        "lawa LAWA push": lambda: window.update(next(steps)),
+        "torch AveragedModel, foreach": lambda: averaged.update_parameters(gpt),
+    }
     for name, more in {"ema-pytorch": ema_pytorch, "timm": timm}.items():
         try:
             calls |= more(gpt, beta)
@@ -233,29 +330,50 @@ def averagers(gpt, beta: float = 0.999) -> tuple[dict[str, Callable], list[str]]
 
 def ema_pytorch(gpt, beta: float) -> dict[str, Callable]:
     from ema_pytorch import EMA
-    options = {"beta": beta, "update_after_step": 0, "update_every": 1, "include_online_model": False}
-    return {"ema_pytorch EMA": EMA(gpt, **options).update, "ema_pytorch EMA, foreach": EMA(gpt, **options, use_foreach=True).update}
+
+    options = {
+        "beta": beta,
+        "update_after_step": 0,
+        "update_every": 1,
+        "include_online_model": False,
+    }
+    return {
+        "ema_pytorch EMA": EMA(gpt, **options).update,
+        "ema_pytorch EMA, foreach": EMA(gpt, **options, use_foreach=True).update,
+    }
 
 
 def timm(gpt, beta: float) -> dict[str, Callable]:
     """ModelEmaV3 from its one file, because `import timm` wants torchvision."""
     if not (package := util.find_spec("timm")):
         raise ImportError("No module named 'timm'")
-    spec = util.spec_from_file_location("model_ema", Path(package.origin).parent / "utils" / "model_ema.py")
+    spec = util.spec_from_file_location(
+        "model_ema", Path(package.origin).parent / "utils" / "model_ema.py"
+    )
     spec.loader.exec_module(module := util.module_from_spec(spec))
     average = module.ModelEmaV3(gpt, decay=beta)
     return {"timm ModelEmaV3, foreach": lambda: average.update(gpt)}
 
 
-WORKERS = {function.__name__: function for function in (load_and_sum, timm_method, one_pass, fresh_means, online)}
+WORKERS = {
+    function.__name__: function
+    for function in (load_and_sum, timm_method, one_pass, fresh_means, online)
+}
 
 
 def worker(python, function: Callable, *args) -> list[str]:
     """The command that runs one of WORKERS."""
-    return [str(python), str(Path(__file__).resolve()), "worker", function.__name__, *map(str, args)]
+    return [
+        str(python),
+        str(Path(__file__).resolve()),
+        "worker",
+        function.__name__,
+        *map(str, args),
+    ]
 
 
 # ---- 3. Measuring -------------------------------------------------------------------------------------------------------------------
+
 
 class Failed(Exception):
     """A command or a workload that cannot run, and why."""
@@ -265,7 +383,9 @@ class Failed(Exception):
 class Contender:
     name: str  # ratios refer to the first names that begin with "floor" and "lawa"
     commands: list[list[str]]  # run one after another
-    checks: dict[str, dict[Path, float]] = field(default_factory=dict)  # {pattern of an output: the weights it should have}
+    checks: dict[str, dict[Path, float]] = field(
+        default_factory=dict
+    )  # {pattern of an output: the weights it should have}
 
 
 PEAKS = {"VmHWM": "resident", "RssAnon": "anonymous", "RssFile": "mapped"}  # /proc/PID/status, kB
@@ -282,22 +402,33 @@ def measure(commands: list[list[str]], log: Path) -> dict[str, float]:
         if not shutil.which(command[0]):
             raise Failed(f"{Path(command[0]).name} is not installed")
         begun = time.perf_counter()
-        with open(log, "w") as errors, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process:
+        with (
+            open(log, "w") as errors,
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process,
+        ):
             proc, ended = Path(f"/proc/{process.pid}"), os.pidfd_open(process.pid)
             while not select.select([ended], [], [], 0.005)[0]:
-                for key, _, value in (line.partition(":") for line in (proc / "status").read_text().splitlines()):
+                for key, _, value in (
+                    line.partition(":") for line in (proc / "status").read_text().splitlines()
+                ):
                     if key in PEAKS:
                         total[PEAKS[key]] = max(total[PEAKS[key]], 1024 * int(value.split()[0]))
             total["seconds"] += time.perf_counter() - begun
-            total["read"] += int((proc / "io").read_text().split()[1])  # rchar; there until the process is waited for
+            total["read"] += int(
+                (proc / "io").read_text().split()[1]
+            )  # rchar; there until the process is waited for
             os.close(ended)
         if process.returncode:
-            said = [line.strip() for line in log.read_text().splitlines() if line.strip()] or [f"exit status {process.returncode}"]
+            said = [line.strip() for line in log.read_text().splitlines() if line.strip()] or [
+                f"exit status {process.returncode}"
+            ]
             raise Failed(said[-1][:200])
     return total
 
 
-def take_turns(contenders: list[Contender], repeats: int, out: Path, progress: Callable) -> tuple[dict, dict, list[str]]:
+def take_turns(
+    contenders: list[Contender], repeats: int, out: Path, progress: Callable
+) -> tuple[dict, dict, list[str]]:
     """({contender: [measurement]}, {contender: what `compare` found}, notes). Who fails is left out from then on, with a note."""
     runs, errors, notes = {contender.name: [] for contender in contenders}, {}, []
     for repetition, contender in itertools.product(range(repeats), contenders):
@@ -307,28 +438,50 @@ def take_turns(contenders: list[Contender], repeats: int, out: Path, progress: C
             try:
                 runs[contender.name].append(measure(contender.commands, out.with_suffix(".log")))
                 if repetition == 0 and contender.checks:
-                    found = [compare(next(out.glob(pattern)), weights) for pattern, weights in contender.checks.items()]
+                    found = [
+                        compare(next(out.glob(pattern)), weights)
+                        for pattern, weights in contender.checks.items()
+                    ]
                     errors[contender.name] = tuple(map(max, zip(*found, strict=True)))
             except (Failed, StopIteration) as error:
                 del runs[contender.name]
                 notes.append(f"{contender.name} left out: {error or 'it wrote no output'}")
         if contender is contenders[-1]:
-            progress(repetition + 1, ", ".join(f"{name} {done[-1]['seconds']:.2f} s" for name, done in runs.items()))
+            progress(
+                repetition + 1,
+                ", ".join(f"{name} {done[-1]['seconds']:.2f} s" for name, done in runs.items()),
+            )
     return runs, errors, notes
 
 
 def table_rows(runs: dict[str, list[dict]], errors: dict[str, tuple[float, float]]) -> list[dict]:
     """One row per contender: seconds, their median and spread, ratios, peaks over the repetitions, errors."""
+
     def ratio(mine, prefix):
         theirs = next((other for name, other in runs.items() if name.startswith(prefix)), [])
-        return median([a["seconds"] / b["seconds"] for a, b in zip(mine, theirs, strict=False)]) if theirs else None
+        return (
+            median([a["seconds"] / b["seconds"] for a, b in zip(mine, theirs, strict=False)])
+            if theirs
+            else None
+        )
+
     rows = []
     for name, done in runs.items():
         peaks = {key: max(run[key] for run in done) for key in done[0]}
         seconds = [run["seconds"] for run in done]
-        rows.append({"contender": name, **peaks, "median": median(seconds), "min": min(seconds), "max": max(seconds),
-                     "to_floor": ratio(done, "floor"), "to_ours": ratio(done, "lawa"),
-                     **dict(zip(("ulp", "off"), errors.get(name, ()), strict=False)), "seconds": seconds})
+        rows.append(
+            {
+                "contender": name,
+                **peaks,
+                "median": median(seconds),
+                "min": min(seconds),
+                "max": max(seconds),
+                "to_floor": ratio(done, "floor"),
+                "to_ours": ratio(done, "lawa"),
+                **dict(zip(("ulp", "off"), errors.get(name, ()), strict=False)),
+                "seconds": seconds,
+            }
+        )
     return rows
 
 
@@ -347,40 +500,85 @@ def uniform(inputs) -> dict[Path, float]:
 
 
 def ours_alone(inputs, out: Path, peers: Path) -> list[Contender]:
-    command = [*LAWA, "average", *map(str, inputs), "-o", str(out / "average.safetensors"), "--json"]
+    command = [
+        *LAWA,
+        "average",
+        *map(str, inputs),
+        "-o",
+        str(out / "average.safetensors"),
+        "--json",
+    ]
     return [floor(inputs, out, 1), Contender("lawa", [command], {"*.safetensors": uniform(inputs)})]
 
 
 def one_mean(inputs, out: Path, peers: Path) -> list[Contender]:
-    inputs, target, config = inputs[:5], out / "average.safetensors", inputs[0].with_name("mergekit.yml")
+    inputs, target, config = (
+        inputs[:5],
+        out / "average.safetensors",
+        inputs[0].with_name("mergekit.yml"),
+    )
     models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in inputs]
     config.write_text(json.dumps({"merge_method": "linear", "models": models}))  # JSON is YAML
-    others = {"mergekit": [str(peers.with_name("mergekit-pytorch")), str(config), str(out)],
-              "timm's method": worker(peers, timm_method, target, *inputs),
-              "load and sum": worker(sys.executable, load_and_sum, target, *inputs)}
-    return ours_alone(inputs, out, peers) + [Contender(name, [run], {"*.safetensors": uniform(inputs)}) for name, run in others.items()]
+    others = {
+        "mergekit": [str(peers.with_name("mergekit-pytorch")), str(config), str(out)],
+        "timm's method": worker(peers, timm_method, target, *inputs),
+        "load and sum": worker(sys.executable, load_and_sum, target, *inputs),
+    }
+    return ours_alone(inputs, out, peers) + [
+        Contender(name, [run], {"*.safetensors": uniform(inputs)}) for name, run in others.items()
+    ]
 
 
 def windows(k: int, inputs, out: Path, peers: Path) -> list[Contender]:
     check = {f"lawa/{inputs[-1].name}": uniform(inputs[-k:])}
-    return [floor(inputs, out, len(inputs) - k + 1),
-            *(Contender(name, [worker(sys.executable, run, k, inputs[0].parent, out)], check)
-              for name, run in {"lawa": one_pass, "fresh means": fresh_means}.items())]
+    return [
+        floor(inputs, out, len(inputs) - k + 1),
+        *(
+            Contender(name, [worker(sys.executable, run, k, inputs[0].parent, out)], check)
+            for name, run in {"lawa": one_pass, "fresh means": fresh_means}.items()
+        ),
+    ]
 
 
-SIX = [*(f"lawa(k={k})" for k in (3, 5, 10)), *(f"ema(beta={beta})" for beta in (0.8, 0.9, 0.95))]  # an EMA reads all N, as the six do
+SIX = [
+    *(f"lawa(k={k})" for k in (3, 5, 10)),
+    *(f"ema(beta={beta})" for beta in (0.8, 0.9, 0.95)),
+]  # an EMA reads all N, as the six do
 
 
 def six_schemes(inputs, out: Path, peers: Path) -> list[Contender]:
     def job(schemes, folder: Path) -> list[str]:
-        chosen, newest = [word for scheme in schemes for word in ("--scheme", scheme)], str(SPACING * len(inputs))
-        return [*LAWA, "sweep", str(inputs[0].parent), *chosen, "--every", newest, "-o", str(folder), "--json"]
+        chosen, newest = (
+            [word for scheme in schemes for word in ("--scheme", scheme)],
+            str(SPACING * len(inputs)),
+        )
+        return [
+            *LAWA,
+            "sweep",
+            str(inputs[0].parent),
+            *chosen,
+            "--every",
+            newest,
+            "-o",
+            str(folder),
+            "--json",
+        ]
+
     ema = {path: 0.9 ** (len(inputs) - 1 - i) * (0.1 if i else 1) for i, path in enumerate(inputs)}
     check = {"lawa*k=5/*": uniform(inputs[-5:]), "ema*0.9/*": ema}
-    one = Contender("floor, one scheme", floor(inputs, out, 1).commands)  # what is written is most of the difference
-    return [floor(inputs, out, len(SIX)), one, Contender("lawa, six schemes", [job(SIX, out)], check),
-            Contender("lawa, one scheme", [job(["ema(beta=0.9)"], out)]),
-            Contender("lawa, six jobs", [job([scheme], out / str(number)) for number, scheme in enumerate(SIX)])]
+    one = Contender(
+        "floor, one scheme", floor(inputs, out, 1).commands
+    )  # what is written is most of the difference
+    return [
+        floor(inputs, out, len(SIX)),
+        one,
+        Contender("lawa, six schemes", [job(SIX, out)], check),
+        Contender("lawa, one scheme", [job(["ema(beta=0.9)"], out)]),
+        Contender(
+            "lawa, six jobs",
+            [job([scheme], out / str(number)) for number, scheme in enumerate(SIX)],
+        ),
+    ]
 
 
 @dataclass
@@ -389,24 +587,38 @@ class Workload:
     estimate: float  # seconds per repetition on 2 cores at full size; for the forecast only
     fixture: str | None = None
     outputs: int = 0  # checkpoints on disk at once
-    contenders: Callable[[list[Path], Path, Path], list[Contender]] | None = None  # of (inputs, folder to write to, the peers' python)
+    contenders: Callable[[list[Path], Path, Path], list[Contender]] | None = (
+        None  # of (inputs, folder to write to, the peers' python)
+    )
 
 
-WORKLOADS = [Workload("A fp32", 26, "fp32", 1, one_mean), Workload("A bf16", 20, "bf16", 1, one_mean),
-             Workload("A 1.4B", 20, "1.4B", 1, ours_alone),
-             *(Workload(f"B k={k}", 40, "fp32", 21 - k, lambda *given, k=k: windows(k, *given)) for k in (3, 5, 10)),
-             Workload("C", 35, "fp32", 6, six_schemes), Workload("D", 18)]
+WORKLOADS = [
+    Workload("A fp32", 26, "fp32", 1, one_mean),
+    Workload("A bf16", 20, "bf16", 1, one_mean),
+    Workload("A 1.4B", 20, "1.4B", 1, ours_alone),
+    *(
+        Workload(f"B k={k}", 40, "fp32", 21 - k, lambda *given, k=k: windows(k, *given))
+        for k in (3, 5, 10)
+    ),
+    Workload("C", 35, "fp32", 6, six_schemes),
+    Workload("D", 18),
+]
 
 
 # ---- 5. What was to be reached ------------------------------------------------------------------------------------------------------
 
+
 def over(a: str, b: str) -> Callable:
     """a's time over b's: median of the ratios within a repetition."""
-    return lambda result, rows: median([x / y for x, y in zip(rows[a]["seconds"], rows[b]["seconds"], strict=False)])
+    return lambda result, rows: median(
+        [x / y for x, y in zip(rows[a]["seconds"], rows[b]["seconds"], strict=False)]
+    )
 
 
 def ours(key: str, unit: float = 1.0) -> Callable:
-    return lambda result, rows: next(row for name, row in rows.items() if name.startswith("lawa"))[key] / unit
+    return lambda result, rows: (
+        next(row for name, row in rows.items() if name.startswith("lawa"))[key] / unit
+    )
 
 
 MOST, LEAST = "at most", "at least"
@@ -415,13 +627,35 @@ REACH = [  # workloads whose name begins so, what, how it is measured, the bound
     ("A fp32", "mergekit's time / ours", over("mergekit", "lawa"), LEAST, 8),
     ("A bf16", "mergekit's time / ours", over("mergekit", "lawa"), LEAST, 6),
     ("A", "our MB resident", ours("resident", 1e6), MOST, 120),
-    ("B", "bytes read / (N S)", lambda result, rows: ours("read")(result, rows) / result["input_bytes"], MOST, 1.05),
+    (
+        "B",
+        "bytes read / (N S)",
+        lambda result, rows: ours("read")(result, rows) / result["input_bytes"],
+        MOST,
+        1.05,
+    ),
     ("B k=10", "time of a fresh mean per window / ours", over("fresh means", "lawa"), LEAST, 4),
     ("C", "time of six schemes / of one", over("lawa, six schemes", "lawa, one scheme"), MOST, 1.5),
-    ("D", "our EMA / AveragedModel with foreach", over("lawa EMA", "torch AveragedModel, foreach"), MOST, 1),
-    ("D", "our LAWA push / one copy of the weights", over("lawa LAWA push", "floor: one copy of the weights"), MOST, 1.2),
-    *(("D", f"{name} / {STEP}", over(name, STEP), MOST, 0.01) for name in ("lawa EMA", "lawa LAWA push")),
-    *((letter, "our error, ulp", ours("ulp"), MOST, 1) for letter in "ABC")]
+    (
+        "D",
+        "our EMA / AveragedModel with foreach",
+        over("lawa EMA", "torch AveragedModel, foreach"),
+        MOST,
+        1,
+    ),
+    (
+        "D",
+        "our LAWA push / one copy of the weights",
+        over("lawa LAWA push", "floor: one copy of the weights"),
+        MOST,
+        1.2,
+    ),
+    *(
+        ("D", f"{name} / {STEP}", over(name, STEP), MOST, 0.01)
+        for name in ("lawa EMA", "lawa LAWA push")
+    ),
+    *((letter, "our error, ulp", ours("ulp"), MOST, 1) for letter in "ABC"),
+]
 
 
 def reached(name: str, result: dict) -> list[dict]:
@@ -434,11 +668,19 @@ def reached(name: str, result: dict) -> list[dict]:
                 holds = value <= bound if relation == MOST else value >= bound
             except (KeyError, StopIteration):
                 value = holds = None
-            lines.append({"what": what, "expected": f"{relation} {bound:g}", "measured": value, "reached": holds})
+            lines.append(
+                {
+                    "what": what,
+                    "expected": f"{relation} {bound:g}",
+                    "measured": value,
+                    "reached": holds,
+                }
+            )
     return lines
 
 
 # ---- 6. Command line ----------------------------------------------------------------------------------------------------------------
+
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
@@ -446,8 +688,15 @@ def number(value: float | None) -> str:
 
 def markdown(workloads: dict[str, dict]) -> str:
     """The table, one line per figure to reach, the notes."""
-    columns = {"÷ floor": ("to_floor", 1), "÷ ours": ("to_ours", 1), "GB read": ("read", 1e9), "MB anonymous": ("anonymous", 1e6),
-               "MB file-mapped": ("mapped", 1e6), "max ulp": ("ulp", 1), "% off > 1 ulp": ("off", 0.01)}
+    columns = {
+        "÷ floor": ("to_floor", 1),
+        "÷ ours": ("to_ours", 1),
+        "GB read": ("read", 1e9),
+        "MB anonymous": ("anonymous", 1e6),
+        "MB file-mapped": ("mapped", 1e6),
+        "max ulp": ("ulp", 1),
+        "% off > 1 ulp": ("off", 0.01),
+    }
     heads = ["workload", "contender", "median", "spread", *columns]
     lines, notes = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], []
     for name, result in workloads.items():
@@ -455,20 +704,36 @@ def markdown(workloads: dict[str, dict]) -> str:
             unit, scale = ("s", 1) if row["median"] >= 1 else ("ms", 1e3)
             middle, low, high = (number(row[key] * scale) for key in ("median", "min", "max"))
             cells = [number(row.get(key) and row[key] / by) for key, by in columns.values()]
-            lines.append(f"| {' | '.join([name, row['contender'], f'{middle} {unit}', f'{low}–{high}', *cells])} |")
-        notes += [f"- {name}: {line['what']}: expected {line['expected']}, measured {number(line['measured'])}: "
-                  f"{ {True: 'reached', False: 'NOT reached', None: 'not measured'}[line['reached']]}" for line in result["reach"]]
+            lines.append(
+                f"| {' | '.join([name, row['contender'], f'{middle} {unit}', f'{low}–{high}', *cells])} |"
+            )
+        notes += [
+            f"- {name}: {line['what']}: expected {line['expected']}, measured {number(line['measured'])}: "
+            f"{ {True: 'reached', False: 'NOT reached', None: 'not measured'}[line['reached']] }"
+            for line in result["reach"]
+        ]
         notes += [f"- {name}: {note}" for note in result["notes"]]
-    lines.append("\nGB read are those of read() and its kin; mergekit, timm's method, and load and sum map their files instead.\n")
+    lines.append(
+        "\nGB read are those of read() and its kin; mergekit, timm's method, and load and sum map their files instead.\n"
+    )
     return "\n".join([*lines, *notes])
 
 
 def versions(python) -> dict[str, str]:
     if not Path(python).exists():
         return {}
-    listed = subprocess.run([str(python), "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        [str(python), "-m", "pip", "list", "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     wanted = (*PEERS, "numpy", "safetensors", "torch")
-    return {item["name"]: item["version"] for item in json.loads(listed.stdout) if item["name"] in wanted}
+    return {
+        item["name"]: item["version"]
+        for item in json.loads(listed.stdout)
+        if item["name"] in wanted
+    }
 
 
 def make_peers(folder: Path) -> Path:
@@ -478,40 +743,75 @@ def make_peers(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=False)
     for name in PEERS.keys() - versions(python).keys():
         print(f"installing {name} into {folder}, once", file=sys.stderr)
-        done = subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS[name]], capture_output=True, text=True)
+        done = subprocess.run(
+            [str(python), "-m", "pip", "install", "-q", *PEERS[name]],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            print(f"{name} will not install: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}", file=sys.stderr)
+            print(
+                f"{name} will not install: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}",
+                file=sys.stderr,
+            )
     return python
 
 
 def machine(load: float, peers: Path) -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cores": os.cpu_count(), "memory_gb": round(memory / 1e9, 1), "kernel": platform.release(), "load": load,
-            "python": platform.python_version(), "versions": versions(sys.executable), "peers": versions(peers)}
+    return {
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory / 1e9, 1),
+        "kernel": platform.release(),
+        "load": load,
+        "python": platform.python_version(),
+        "versions": versions(sys.executable),
+        "peers": versions(peers),
+    }
 
 
 def run_files(workload: Workload, args, progress) -> dict:
     """A workload of files. Errors: Failed when the disk is too small."""
-    folder, out, dtype = args.dir / f"{workload.fixture}-{args.size}", args.dir / "out", FIXTURES[workload.fixture][0]
+    folder, out, dtype = (
+        args.dir / f"{workload.fixture}-{args.size}",
+        args.dir / "out",
+        FIXTURES[workload.fixture][0],
+    )
     size = BYTES[dtype] * values_in(workload.fixture, args.size)
-    need = 1.05 * size * (workload.outputs + (0 if folder.exists() else FIXTURES[workload.fixture][1]))
+    need = (
+        1.05 * size * (workload.outputs + (0 if folder.exists() else FIXTURES[workload.fixture][1]))
+    )
     if need > (free := shutil.disk_usage(args.dir).free):
-        raise Failed(f"it needs {need / 1e9:.0f} GB in {args.dir}, {free / 1e9:.0f} GB are free; give another --dir")
+        raise Failed(
+            f"it needs {need / 1e9:.0f} GB in {args.dir}, {free / 1e9:.0f} GB are free; give another --dir"
+        )
     inputs = make_checkpoints(folder, workload.fixture, args.size)
-    measure([["cat", *map(str, inputs)]], out.with_suffix(".log"))  # warm: nobody pays for a cold cache
-    runs, errors, notes = take_turns(workload.contenders(inputs, out, args.python), args.repeats, out, progress)
-    return {"n": args.repeats, "input_bytes": size * len(inputs), "rows": table_rows(runs, errors), "notes": notes}
+    measure(
+        [["cat", *map(str, inputs)]], out.with_suffix(".log")
+    )  # warm: nobody pays for a cold cache
+    runs, errors, notes = take_turns(
+        workload.contenders(inputs, out, args.python), args.repeats, out, progress
+    )
+    return {
+        "n": args.repeats,
+        "input_bytes": size * len(inputs),
+        "rows": table_rows(runs, errors),
+        "notes": notes,
+    }
 
 
 def run_online(args, progress) -> dict:
     """Workload D in the peers' environment, or without them where there is none."""
     python = args.python if "torch" in versions(args.python) else sys.executable
-    done = subprocess.run(worker(python, online, args.size, args.repeats), capture_output=True, text=True)
+    done = subprocess.run(
+        worker(python, online, args.size, args.repeats), capture_output=True, text=True
+    )
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or ["no reason given"])[-1])
     found = json.loads(done.stdout)
     progress(args.repeats, "done")
-    rows = table_rows({name: [{"seconds": s} for s in seconds] for name, seconds in found["seconds"].items()}, {})
+    rows = table_rows(
+        {name: [{"seconds": s} for s in seconds] for name, seconds in found["seconds"].items()}, {}
+    )
     return {"n": 4 * args.repeats, "rows": rows, "notes": found["notes"]}
 
 
@@ -520,18 +820,39 @@ def store(path: Path, name: str, result: dict) -> None:
     known = json.loads(path.read_text())["workloads"] if path.exists() else {}
     part = path.with_suffix(".part")
     workloads = dict(sorted((known | {name: result}).items()))
-    part.write_text(json.dumps({"workloads": workloads, "markdown": markdown(workloads)}, indent=1) + "\n")
+    part.write_text(
+        json.dumps({"workloads": workloads, "markdown": markdown(workloads)}, indent=1) + "\n"
+    )
     os.replace(part, path)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     scratch = Path(tempfile.gettempdir())
-    parser.add_argument("--only", nargs="+", choices="ABCD", default=[*"ABCD"], help="these workloads")
+    parser.add_argument(
+        "--only", nargs="+", choices="ABCD", default=[*"ABCD"], help="these workloads"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="(default 5)")
-    parser.add_argument("--size", choices=("full", "small"), default="full", help="small: a tenth, to try the script; results go to --dir")
-    parser.add_argument("--dir", type=Path, default=scratch / "lawa-benchmark", help="for checkpoints, 30 GB (default %(default)s)")
-    parser.add_argument("--peers", type=Path, default=scratch / "lawa-peers", help="the peers' environment, kept (default %(default)s)")
+    parser.add_argument(
+        "--size",
+        choices=("full", "small"),
+        default="full",
+        help="small: a tenth, to try the script; results go to --dir",
+    )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=scratch / "lawa-benchmark",
+        help="for checkpoints, 30 GB (default %(default)s)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=scratch / "lawa-peers",
+        help="the peers' environment, kept (default %(default)s)",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
     args = parser.parse_args()
     if args.repeats < 1:
@@ -541,7 +862,14 @@ def parse_args() -> argparse.Namespace:
 
 def remove(args, keep) -> None:
     """Remove what this script wrote into its folder, except results and the fixtures to keep."""
-    for name in ("out", *(f"{fixture}-{args.size}{end}" for fixture in FIXTURES.keys() - {*keep} for end in ("", ".part"))):
+    for name in (
+        "out",
+        *(
+            f"{fixture}-{args.size}{end}"
+            for fixture in FIXTURES.keys() - {*keep}
+            for end in ("", ".part")
+        ),
+    ):
         shutil.rmtree(args.dir / name, ignore_errors=True)
     (args.dir / "out.log").unlink(missing_ok=True)
 
@@ -549,28 +877,56 @@ def remove(args, keep) -> None:
 def main() -> int:
     args, load = parse_args(), os.getloadavg()[0]
     args.dir.mkdir(parents=True, exist_ok=True)
-    args.python = make_peers(args.peers.absolute()) if {*args.only} & {*"AD"} else args.peers / "bin" / "python"
-    results = Path(__file__).with_suffix(".json") if args.size == "full" else args.dir / "averaging.json"
-    todo, measured, about = [w for w in WORKLOADS if w.name[0] in args.only], {}, machine(load, args.python)
-    left = {w.name: w.estimate * args.repeats * (1 if args.size == "full" else 0.15) for w in todo}  # seconds
-    print(f"{len(todo)} workloads, {args.repeats} repetitions: about {sum(left.values()) / 60:.0f} minutes on 2 quiet cores; "
-          f"the load is {load:.1f}{', too much for timings' * (load > 0.5)}", file=sys.stderr)
+    args.python = (
+        make_peers(args.peers.absolute())
+        if {*args.only} & {*"AD"}
+        else args.peers / "bin" / "python"
+    )
+    results = (
+        Path(__file__).with_suffix(".json") if args.size == "full" else args.dir / "averaging.json"
+    )
+    todo, measured, about = (
+        [w for w in WORKLOADS if w.name[0] in args.only],
+        {},
+        machine(load, args.python),
+    )
+    left = {
+        w.name: w.estimate * args.repeats * (1 if args.size == "full" else 0.15) for w in todo
+    }  # seconds
+    print(
+        f"{len(todo)} workloads, {args.repeats} repetitions: about {sum(left.values()) / 60:.0f} minutes on 2 quiet cores; "
+        f"the load is {load:.1f}{', too much for timings' * (load > 0.5)}",
+        file=sys.stderr,
+    )
     try:
         for number, workload in enumerate(todo):
             begun = time.monotonic()
 
             def progress(done: int, text: str, name=workload.name, begun=begun) -> None:
                 left[name] = (time.monotonic() - begun) / done * (args.repeats - done)
-                print(f"{name}  {done} of {args.repeats}  {text}; {sum(left.values()) / 60:.1f} minutes left", file=sys.stderr, flush=True)
+                print(
+                    f"{name}  {done} of {args.repeats}  {text}; {sum(left.values()) / 60:.1f} minutes left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
             try:
-                result = run_files(workload, args, progress) if workload.fixture else run_online(args, progress)
-                result |= {"size": args.size, "date": datetime.date.today().isoformat(), "machine": about}
+                result = (
+                    run_files(workload, args, progress)
+                    if workload.fixture
+                    else run_online(args, progress)
+                )
+                result |= {
+                    "size": args.size,
+                    "date": datetime.date.today().isoformat(),
+                    "machine": about,
+                }
                 measured[workload.name] = result | {"reach": reached(workload.name, result)}
                 store(results, workload.name, measured[workload.name])
             except Failed as error:
                 print(f"{workload.name} skipped: {error}", file=sys.stderr)
             left[workload.name] = 0
-            remove(args, FIXTURES if args.keep else [later.fixture for later in todo[number + 1:]])
+            remove(args, FIXTURES if args.keep else [later.fixture for later in todo[number + 1 :]])
     except KeyboardInterrupt:
         return 130
     finally:

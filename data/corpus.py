@@ -34,12 +34,22 @@ import tiktoken
 
 TOKENIZER = "tokenizer.tiktoken"
 JSON_TOKENIZER = "tokenizer.json"
-FILES = ("train.bin", "val.bin", TOKENIZER, JSON_TOKENIZER, "meta.json")  # in this order: meta.json says that the others are there
+FILES = (
+    "train.bin",
+    "val.bin",
+    TOKENIZER,
+    JSON_TOKENIZER,
+    "meta.json",
+)  # in this order: meta.json says that the others are there
 EOT = "<|endoftext|>"
 # GPT-4's split pattern: byte pairs merge within its matches only
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-CUT = re.compile(r"\S\r?\n(?=\S)|\S(?= \S)")  # that pattern and GPT-2's split here too, so a text cut here gets the same tokens
-PIECE = 1 << 17  # characters; tiktoken and rustbpe crash on a million blanks in a row, so they get less at a time
+CUT = re.compile(
+    r"\S\r?\n(?=\S)|\S(?= \S)"
+)  # that pattern and GPT-2's split here too, so a text cut here gets the same tokens
+PIECE = (
+    1 << 17
+)  # characters; tiktoken and rustbpe crash on a million blanks in a row, so they get less at a time
 MIN_FILES = 20  # with fewer files, each is cut in two rather than going to one side as a whole
 
 
@@ -54,10 +64,29 @@ class Parser(argparse.ArgumentParser):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(description=doc, epilog=f"example: {example}", formatter_class=raw)
         if val_fraction is not None:
-            self.add_argument("--val-fraction", type=float, default=val_fraction, metavar="F", help="of the text (default: %(default)s)")
-            self.add_argument("--seed", type=int, default=seed, metavar="S", help="of the split (default: %(default)s)")
-        self.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the corpus's own folder)")
-        self.add_argument("--force", action="store_true", help="rebuild even if the corpus is up to date")
+            self.add_argument(
+                "--val-fraction",
+                type=float,
+                default=val_fraction,
+                metavar="F",
+                help="of the text (default: %(default)s)",
+            )
+            self.add_argument(
+                "--seed",
+                type=int,
+                default=seed,
+                metavar="S",
+                help="of the split (default: %(default)s)",
+            )
+        self.add_argument(
+            "--out",
+            type=Path,
+            metavar="DIR",
+            help="where to write (default: the corpus's own folder)",
+        )
+        self.add_argument(
+            "--force", action="store_true", help="rebuild even if the corpus is up to date"
+        )
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -72,7 +101,10 @@ def one_line_errors(main):
             main(argv)
         except (CorpusError, OSError) as error:
             named = isinstance(error, OSError) and error.filename
-            print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)
+            print(
+                f"error: {error.filename}: {error.strerror}" if named else f"error: {error}",
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt:
             print("interrupted; the same command does what is left", file=sys.stderr)
@@ -89,7 +121,14 @@ class Progress:
     """
 
     def __init__(self, what, unit, total=None, done=0, scale=1):
-        self.what, self.unit, self.total, self.before, self.done, self.scale = what, unit, total, done, done, scale
+        self.what, self.unit, self.total, self.before, self.done, self.scale = (
+            what,
+            unit,
+            total,
+            done,
+            done,
+            scale,
+        )
         self.begun = self.said = time.monotonic()
         self.lock, self.terminal = threading.Lock(), sys.stdout.isatty()
 
@@ -100,7 +139,11 @@ class Progress:
             if now - self.said > (0.5 if self.terminal else 5):
                 self.said = now
                 line = self.line((self.done - self.before) / (now - self.begun))
-                print(f"\r{line:<100}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+                print(
+                    f"\r{line:<100}" if self.terminal else line,
+                    end="" if self.terminal else "\n",
+                    flush=True,
+                )
 
     def line(self, rate):
         """Text of a line at `rate` per second."""
@@ -148,7 +191,9 @@ def list_files(paths, leave_out=()):
         if not (root.is_file() or root.is_dir()):
             raise CorpusError(f"{path}: no such file or folder")
     base = os.path.commonpath([root if root.is_dir() else root.parent for root in roots])
-    found = (path for root in roots for path in ([root] if root.is_file() else _walk(root, leave_out)))
+    found = (
+        path for root in roots for path in ([root] if root.is_file() else _walk(root, leave_out))
+    )
     return {path.relative_to(base).as_posix(): path for path in found if path.is_file()}
 
 
@@ -157,7 +202,9 @@ def _walk(root, leave_out):
         raise error
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = [name for name in subfolders if name not in leave_out and not name.startswith(".")]
+        subfolders[:] = [
+            name for name in subfolders if name not in leave_out and not name.startswith(".")
+        ]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
@@ -187,7 +234,9 @@ def manifest(documents):
 
 
 def _sha256(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # file names may be any bytes
+    return hashlib.sha256(
+        text.encode("utf-8", "surrogateescape")
+    ).hexdigest()  # file names may be any bytes
 
 
 # ---- big files -> documents: parquet, JSON lines, text ----
@@ -199,9 +248,13 @@ def open_parquet(path, column):
     try:
         file = parquet.ParquetFile(path, memory_map=True)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"{path}: not a whole parquet file, fetch it again ({first_line(error)})") from error
+        raise CorpusError(
+            f"{path}: not a whole parquet file, fetch it again ({first_line(error)})"
+        ) from error
     if column not in file.schema_arrow.names:
-        raise CorpusError(f"{path}: has no column {column!r}, only {', '.join(file.schema_arrow.names)}")
+        raise CorpusError(
+            f"{path}: has no column {column!r}, only {', '.join(file.schema_arrow.names)}"
+        )
     return file
 
 
@@ -210,11 +263,15 @@ def parquet_texts(path, column, first=0, count=None):
     file = open_parquet(path, column)
     stop = file.metadata.num_rows if count is None else first + count
     ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-    groups = np.flatnonzero((ends > first) & (np.append(0, ends[:-1]) < stop)).tolist()  # those that hold some of the rows
+    groups = np.flatnonzero(
+        (ends > first) & (np.append(0, ends[:-1]) < stop)
+    ).tolist()  # those that hold some of the rows
     at = int(np.append(0, ends)[groups[0]]) if groups else stop  # row that the next batch begins at
     try:
         for batch in file.iter_batches(256, groups, [column]):
-            texts = batch.column(0).slice(max(first - at, 0), max(stop - max(at, first), 0)).to_pylist()
+            texts = (
+                batch.column(0).slice(max(first - at, 0), max(stop - max(at, first), 0)).to_pylist()
+            )
             if texts:
                 yield [text or "" for text in texts]
             at += len(batch)
@@ -233,18 +290,28 @@ def stream_texts(path, column):
                 yield from texts
         elif kind == "jsonl":
             with open_text(path) as file:
-                yield from (json_text(f"{path}:{number}", line, column) for number, line in enumerate(file, 1) if line.strip())
+                yield from (
+                    json_text(f"{path}:{number}", line, column)
+                    for number, line in enumerate(file, 1)
+                    if line.strip()
+                )
         else:
             with open_text(path) as file:
                 yield file.read()
     except (UnicodeDecodeError, EOFError) as error:
-        raise CorpusError(f"{path}: damaged, or neither UTF-8 text nor .jsonl nor .parquet ({first_line(error)})") from error
+        raise CorpusError(
+            f"{path}: damaged, or neither UTF-8 text nor .jsonl nor .parquet ({first_line(error)})"
+        ) from error
 
 
 def open_text(path):
     """Open a text file in UTF-8, its line ends as they are; a .gz or .zst is unpacked along the way."""
     if path.suffix == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(need("pyarrow").input_stream(str(path), compression="zstd")), "utf-8", newline="")
+        return io.TextIOWrapper(
+            io.BufferedReader(need("pyarrow").input_stream(str(path), compression="zstd")),
+            "utf-8",
+            newline="",
+        )
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="")
 
 
@@ -252,7 +319,9 @@ def json_text(where, line, column):
     with suppress(ValueError, KeyError, TypeError):
         if isinstance(text := json.loads(line)[column], str):
             return text
-    raise CorpusError(f"{where}: expected a JSON object with a text {column!r}, found {line[:60].strip()!r}")
+    raise CorpusError(
+        f"{where}: expected a JSON object with a text {column!r}, found {line[:60].strip()!r}"
+    )
 
 
 def first_line(error):
@@ -282,11 +351,15 @@ class HubRepo:
         """Return (commit, {path: bytes}) of the files that match `pattern`, numbers in paths in numeric order."""
         hub = need("huggingface_hub")
         with self.errors(pattern):
-            info = hub.HfApi().repo_info(self.repo, revision=self.revision, repo_type=self.kind, files_metadata=True)
+            info = hub.HfApi().repo_info(
+                self.repo, revision=self.revision, repo_type=self.kind, files_metadata=True
+            )
         found = {file.rfilename: file.size for file in info.siblings}
         sizes = {path: found[path] for path in sorted(found, key=numeric) if fnmatch(path, pattern)}
         if not sizes:
-            raise CorpusError(f"{self.source} on the Hub has no file {pattern}, only {', '.join(list(found)[:5]) or 'nothing'}")
+            raise CorpusError(
+                f"{self.source} on the Hub has no file {pattern}, only {', '.join(list(found)[:5]) or 'nothing'}"
+            )
         return info.sha, sizes
 
     def fetch(self, commit, sizes, folder=None):
@@ -296,10 +369,16 @@ class HubRepo:
         """
         hub = need("huggingface_hub")
         there = {path: folder / path for path in sizes if folder and (folder / path).is_file()}
-        progress = Progress("fetching", "MB", sum(sizes.values()), sum(sizes[path] for path in there), 1e6)
+        progress = Progress(
+            "fetching", "MB", sum(sizes.values()), sum(sizes[path] for path in there), 1e6
+        )
         for path in [path for path in sizes if path not in there]:
             with self.errors(path):
-                there[path] = Path(hub.hf_hub_download(self.repo, path, repo_type=self.kind, revision=commit, local_dir=folder))
+                there[path] = Path(
+                    hub.hf_hub_download(
+                        self.repo, path, repo_type=self.kind, revision=commit, local_dir=folder
+                    )
+                )
             progress.add(sizes[path])
         progress.close()
         return there
@@ -313,13 +392,17 @@ class HubRepo:
             yield
         except (OSError, ValueError, RuntimeError, HTTPError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise CorpusError(f"cannot fetch {pattern} from {page} ({reason}); run the same command where the Hub can be reached, "
-                              f"or fetch it by hand and {self.instead}") from error
+            raise CorpusError(
+                f"cannot fetch {pattern} from {page} ({reason}); run the same command where the Hub can be reached, "
+                f"or fetch it by hand and {self.instead}"
+            ) from error
 
 
 def numeric(name):
     """Sorting key: numbers within names count as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name))]
+    return [
+        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name))
+    ]
 
 
 # ---- split ----
@@ -372,8 +455,12 @@ def train_tokenizer(documents, vocab_size):
     trainer.train_from_iterator(texts, vocab_size - 1, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
-        raise CorpusError(f"--vocab-size {vocab_size}: too large, the training text yields only {len(ranks) + 1}")
-    return tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: vocab_size - 1})
+        raise CorpusError(
+            f"--vocab-size {vocab_size}: too large, the training text yields only {len(ranks) + 1}"
+        )
+    return tiktoken.Encoding(
+        "corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: vocab_size - 1}
+    )
 
 
 def known_tokenizer(name):
@@ -381,13 +468,20 @@ def known_tokenizer(name):
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # those of requests are, too
-        raise CorpusError(f"tiktoken cannot download {name!r}: go online once, or set TIKTOKEN_CACHE_DIR") from error
+        raise CorpusError(
+            f"tiktoken cannot download {name!r}: go online once, or set TIKTOKEN_CACHE_DIR"
+        ) from error
 
 
 class JsonTokenizer:
     """A model's own tokenizer.json, through the `tokenizers` package, under the names of tiktoken.Encoding that are used here."""
 
-    ENDS = (EOT, "</s>", "<|end_of_text|>", "<eos>")  # what models call it; Pythia, Llama 2, Llama 3, Gemma
+    ENDS = (
+        EOT,
+        "</s>",
+        "<|end_of_text|>",
+        "<eos>",
+    )  # what models call it; Pythia, Llama 2, Llama 3, Gemma
 
     def __init__(self, path):
         self.tokenizer = need("tokenizers").Tokenizer.from_file(str(path))
@@ -398,17 +492,26 @@ class JsonTokenizer:
         found = (self.tokenizer.token_to_id(end) for end in self.ENDS)
         self.eot_token = next((token for token in found if token is not None), None)
         if self.eot_token is None:
-            raise CorpusError(f"{path}: has no end-of-text token, expected one of {', '.join(self.ENDS)}")
+            raise CorpusError(
+                f"{path}: has no end-of-text token, expected one of {', '.join(self.ENDS)}"
+            )
         if self.n_vocab > 65536:
             raise CorpusError(f"{path}: {self.n_vocab} token ids, at most 65536 fit into uint16")
 
-    def encode_ordinary_batch(self, texts, num_threads=None):  # takes all cores, unless RAYON_NUM_THREADS says otherwise
-        return [encoded.ids for encoded in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_ordinary_batch(
+        self, texts, num_threads=None
+    ):  # takes all cores, unless RAYON_NUM_THREADS says otherwise
+        return [
+            encoded.ids
+            for encoded in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
 
 def write_tokenizer(path, encoding):
     tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token))
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    )
 
 
 def pieces(text):
@@ -437,7 +540,9 @@ def write_tokens(path, texts, encoding, pieces=pieces, limit=None):
     parts = (part for text in texts for part in pieces(text))
     with open(path, "wb") as file:
         while batch := list(islice(parts, 128)):
-            encoded = encoding.encode_ordinary_batch([piece for piece, _ in batch], num_threads=os.cpu_count() or 1)
+            encoded = encoding.encode_ordinary_batch(
+                [piece for piece, _ in batch], num_threads=os.cpu_count() or 1
+            )
             for ids, (piece, last) in zip(encoded, batch, strict=True):
                 ids += [encoding.eot_token] * last
                 file.write(np.array(ids, dtype="<u2").tobytes())
@@ -476,7 +581,9 @@ def staging(out):
 
 def publish(folder, out):
     """Move a corpus's files from `folder` to `out`, on the same disk, in place of the corpus there."""
-    (out / "meta.json").unlink(missing_ok=True)  # killed from here on: no meta.json, rather than a mixed corpus
+    (out / "meta.json").unlink(
+        missing_ok=True
+    )  # killed from here on: no meta.json, rather than a mixed corpus
     for name in FILES:
         if (folder / name).exists():
             os.replace(folder / name, out / name)
@@ -489,15 +596,23 @@ def check_disk(folder, wanted, what):
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < wanted:
-        raise CorpusError(f"{folder}: {free / 1e9:.1f} GB free, {wanted / 1e9:.1f} GB needed for {what}; make room, or see --out")
+        raise CorpusError(
+            f"{folder}: {free / 1e9:.1f} GB free, {wanted / 1e9:.1f} GB needed for {what}; make room, or see --out"
+        )
 
 
 def is_finished(out, settings):
     """Tell whether `out` holds a whole corpus with these settings, a dict of keys in meta.json."""
     try:
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        whole = all((out / f"{side}.bin").stat().st_size == 2 * meta[f"{side}_tokens"] for side in ("train", "val"))
-        whole &= meta["tokenizer"] not in (TOKENIZER, JSON_TOKENIZER) or (out / meta["tokenizer"]).is_file()
+        whole = all(
+            (out / f"{side}.bin").stat().st_size == 2 * meta[f"{side}_tokens"]
+            for side in ("train", "val")
+        )
+        whole &= (
+            meta["tokenizer"] not in (TOKENIZER, JSON_TOKENIZER)
+            or (out / meta["tokenizer"]).is_file()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return whole and all(meta.get(key) == value for key, value in settings.items())
@@ -507,7 +622,9 @@ def check_settings(vocab_size, val_fraction):
     if not 0 < val_fraction < 1:
         raise CorpusError(f"--val-fraction {val_fraction}: must lie between 0 and 1")
     if not 257 <= vocab_size <= 65536:
-        raise CorpusError(f"--vocab-size {vocab_size}: must be 257 (256 bytes and {EOT}) to 65536 (uint16 token ids)")
+        raise CorpusError(
+            f"--vocab-size {vocab_size}: must be 257 (256 bytes and {EOT}) to 65536 (uint16 token ids)"
+        )
 
 
 def build(name, files, out, vocab_size, val_fraction, seed, tokenizer=None, force=False):
@@ -519,11 +636,24 @@ def build(name, files, out, vocab_size, val_fraction, seed, tokenizer=None, forc
     check_settings(vocab_size, val_fraction)
     begun = time.monotonic()
     own = {out.resolve() / file for file in FILES}  # the text may lie where the corpus goes
-    documents, skipped = read_documents({key: path for key, path in files.items() if path not in own})
+    documents, skipped = read_documents(
+        {key: path for key, path in files.items() if path not in own}
+    )
     if not documents:
-        raise CorpusError(f"no text found: {len(files)} files, {skipped} of them binary or not UTF-8")
-    settings = {"name": name, "val_fraction": val_fraction, "seed": seed, "manifest_sha256": manifest(documents)}
-    settings |= {"tokenizer": tokenizer} if tokenizer else {"tokenizer": TOKENIZER, "vocab_size": vocab_size}
+        raise CorpusError(
+            f"no text found: {len(files)} files, {skipped} of them binary or not UTF-8"
+        )
+    settings = {
+        "name": name,
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "manifest_sha256": manifest(documents),
+    }
+    settings |= (
+        {"tokenizer": tokenizer}
+        if tokenizer
+        else {"tokenizer": TOKENIZER, "vocab_size": vocab_size}
+    )
     if not force and is_finished(out, settings):
         print(f"{name} is up to date in {out} (--force rebuilds it)")
         return
@@ -531,13 +661,22 @@ def build(name, files, out, vocab_size, val_fraction, seed, tokenizer=None, forc
     train, val, rule = split(documents, val_fraction, seed)
     if not val:
         raise CorpusError("the text is too short to set a part of it aside for val: give more")
-    print(f"{name}: {len(documents)} files of text, {skipped} skipped as binary or not UTF-8; tokenizing", flush=True)
+    print(
+        f"{name}: {len(documents)} files of text, {skipped} skipped as binary or not UTF-8; tokenizing",
+        flush=True,
+    )
     encoding = known_tokenizer(tokenizer) if tokenizer else train_tokenizer(train, vocab_size)
-    meta = settings | {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token, "split": rule}
+    meta = settings | {
+        "vocab_size": encoding.n_vocab,
+        "eot_token": encoding.eot_token,
+        "split": rule,
+    }
     meta |= {"skipped": skipped, "python": platform.python_version(), "documents": {}}
     with staging(out) as folder:
         for side, docs in (("train", train), ("val", val)):
-            tokens, nbytes = write_tokens(folder / f"{side}.bin", (doc.text for doc in docs), encoding)
+            tokens, nbytes = write_tokens(
+                folder / f"{side}.bin", (doc.text for doc in docs), encoding
+            )
             meta |= {f"{side}_tokens": tokens, f"{side}_bytes": nbytes}
             meta["documents"][side] = len(docs)
             print(f"{side}: {tokens:,} tokens, {nbytes:,} bytes, {len(docs)} documents")
@@ -545,4 +684,6 @@ def build(name, files, out, vocab_size, val_fraction, seed, tokenizer=None, forc
             write_tokenizer(folder / TOKENIZER, encoding)
             meta["pattern"] = PATTERN
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {out} in {time.monotonic() - begun:.1f} s: vocabulary {encoding.n_vocab}, split by {rule}")
+    print(
+        f"wrote {out} in {time.monotonic() - begun:.1f} s: vocabulary {encoding.n_vocab}, split by {rule}"
+    )

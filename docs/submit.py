@@ -20,18 +20,34 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local", action="store_true", help="processes of this machine, also where there is Slurm")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--local", action="store_true", help="processes of this machine, also where there is Slurm"
+    )
     parser.add_argument("--gpus", type=int, default=0, help="per job (default 0)")
     parser.add_argument("--cpus", type=int, default=2, help="per job (default 2)")
     parser.add_argument("--hours", type=float, default=2, help="per job (default 2)")
-    parser.add_argument("--logs", type=Path, default=ROOT / "results" / "jobs", help="folder of the jobs' output")
+    parser.add_argument(
+        "--logs", type=Path, default=ROOT / "results" / "jobs", help="folder of the jobs' output"
+    )
     parser.add_argument("options", nargs="*", help="for run_all.sh, after --")
     args = parser.parse_args()
-    listed = subprocess.run([ROOT / "run_all.sh", *args.options, "--list"], check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        [ROOT / "run_all.sh", *args.options, "--list"], check=True, capture_output=True, text=True
+    )
     executor = submitit.AutoExecutor(folder=args.logs, cluster="local" if args.local else None)
-    executor.update_parameters(timeout_min=round(args.hours * 60), cpus_per_task=args.cpus, gpus_per_node=args.gpus, name="lawa-lab")
-    jobs = {line: executor.submit(submitit.helpers.CommandFunction(shlex.split(line))) for line in listed.stdout.splitlines()}
+    executor.update_parameters(
+        timeout_min=round(args.hours * 60),
+        cpus_per_task=args.cpus,
+        gpus_per_node=args.gpus,
+        name="lawa-lab",
+    )
+    jobs = {
+        line: executor.submit(submitit.helpers.CommandFunction(shlex.split(line)))
+        for line in listed.stdout.splitlines()
+    }
     failed = 0
     for line, job in jobs.items():
         error = job.exception()

@@ -21,6 +21,7 @@ CODES = {404: "EntryNotFound", 401: "RepoNotFound", 403: "GatedRepo"}
 @dataclass
 class Listed:
     """A file that is listed with a size but has no content: enough for a plan."""
+
     size: int
     sha256: str
 
@@ -28,6 +29,7 @@ class Listed:
 @dataclass
 class Fault:
     """What to do to the next `times` requests whose "METHOD path" matches: a status code, or to the body: "cut", "short", "corrupt"."""
+
     pattern: str
     what: int | str
     times: int = 1
@@ -36,6 +38,7 @@ class Fault:
 @dataclass
 class Hub:
     """with Hub({repo: {branch: folder or {name: bytes | Listed}}}) as hub: ... hub.url ..."""
+
     repos: dict
     page: int = 4  # files per page of a listing
     token: str | None = None  # what Authorization must carry, if anything
@@ -44,15 +47,33 @@ class Hub:
     sent: dict = field(default_factory=dict)  # bytes of bodies by file name
 
     def __enter__(self):
-        self.files = {repo: {branch: _content(files) for branch, files in branches.items()} for repo, branches in self.repos.items()}
-        self.commits = {repo: {branch: hashlib.sha1(f"{repo} {branch}".encode()).hexdigest() for branch in branches}
-                        for repo, branches in self.files.items()}
-        self.blobs = {_sha256(data): (name, data) for branches in self.files.values() for files in branches.values()
-                      for name, data in files.items()}
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (kind,), {"hub": self})) for kind in (_Api, _Storage)]
+        self.files = {
+            repo: {branch: _content(files) for branch, files in branches.items()}
+            for repo, branches in self.repos.items()
+        }
+        self.commits = {
+            repo: {
+                branch: hashlib.sha1(f"{repo} {branch}".encode()).hexdigest() for branch in branches
+            }
+            for repo, branches in self.files.items()
+        }
+        self.blobs = {
+            _sha256(data): (name, data)
+            for branches in self.files.values()
+            for files in branches.values()
+            for name, data in files.items()
+        }
+        self.servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (kind,), {"hub": self}))
+            for kind in (_Api, _Storage)
+        ]
         for server in self.servers:
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+            threading.Thread(
+                target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+            ).start()
+        self.url, self.storage = (
+            f"http://127.0.0.1:{server.server_port}" for server in self.servers
+        )
         return self
 
     def __exit__(self, *error):
@@ -70,7 +91,11 @@ class Hub:
 
 
 def _content(files) -> dict:
-    return {path.name: path.read_bytes() for path in sorted(files.iterdir()) if path.is_file()} if isinstance(files, Path) else dict(files)
+    return (
+        {path.name: path.read_bytes() for path in sorted(files.iterdir()) if path.is_file()}
+        if isinstance(files, Path)
+        else dict(files)
+    )
 
 
 def _sha256(data) -> str:
@@ -83,7 +108,9 @@ def _size(data) -> int:
 
 def _oid(data) -> str:
     """Git's name of a blob."""
-    return hashlib.sha1(_sha256(data).encode() if isinstance(data, Listed) else b"blob %d\0" % len(data) + data).hexdigest()
+    return hashlib.sha1(
+        _sha256(data).encode() if isinstance(data, Listed) else b"blob %d\0" % len(data) + data
+    ).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -110,14 +137,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, headers: dict, body: bytes = b"", promised: int | None = None):
         self.send_response(status)
-        for name, value in ({"Content-Length": len(body) if promised is None else promised} | headers).items():
+        for name, value in (
+            {"Content-Length": len(body) if promised is None else promised} | headers
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
 
     def refuse(self, status: int, code: str | None = None):
-        self.reply(status, {"X-Error-Code": code, "X-Error-Message": "as the test asked"} if code else {})
+        self.reply(
+            status, {"X-Error-Code": code, "X-Error-Message": "as the test asked"} if code else {}
+        )
 
     def body(self, name: str, data: bytes, headers: dict, fault):
         """A file or the range of it that is asked for, spoilt as a fault says."""
@@ -128,9 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[start:stop]
         whole = len(data)
         if fault in ("cut", "short"):
-            data = data[:whole // 2]
+            data = data[: whole // 2]
         elif fault == "corrupt":
-            data = data[:whole // 2] + bytes([data[whole // 2] ^ 1]) + data[whole // 2 + 1:]
+            data = data[: whole // 2] + bytes([data[whole // 2] ^ 1]) + data[whole // 2 + 1 :]
         if self.command == "GET":
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(data)
         self.reply(status, headers, data, whole if fault == "cut" else len(data))
@@ -143,8 +174,11 @@ class _Api(_Handler):
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self.refuse(401, "RepoNotFound")
-        routes = ((r"/api/models/(.+)/refs", self.refs), (r"/api/models/(.+)/tree/([^/]+)", self.tree),
-                  (r"/(.+)/resolve/([^/]+)/(.+)", self.resolve))
+        routes = (
+            (r"/api/models/(.+)/refs", self.refs),
+            (r"/api/models/(.+)/tree/([^/]+)", self.tree),
+            (r"/(.+)/resolve/([^/]+)/(.+)", self.resolve),
+        )
         for pattern, route in routes:
             if found := re.fullmatch(pattern, path):
                 repo, *rest = map(unquote, found.groups())
@@ -154,14 +188,22 @@ class _Api(_Handler):
         return self.refuse(404)
 
     def json(self, value, headers=None):
-        self.reply(200, {"Content-Type": "application/json"} | (headers or {}), json.dumps(value).encode())
+        self.reply(
+            200, {"Content-Type": "application/json"} | (headers or {}), json.dumps(value).encode()
+        )
 
     def refs(self, repo, query, fault):
-        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in self.hub.commits[repo].items()]
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+            for name, commit in self.hub.commits[repo].items()
+        ]
         self.json({"branches": branches, "converts": [], "tags": []})
 
     def branch(self, repo, revision):
-        return next((name for name, commit in self.hub.commits[repo].items() if revision in (name, commit)), None)
+        return next(
+            (name for name, commit in self.hub.commits[repo].items() if revision in (name, commit)),
+            None,
+        )
 
     def tree(self, repo, revision, query, fault):
         branch = self.branch(repo, revision)
@@ -170,11 +212,22 @@ class _Api(_Handler):
         cursor = int(query.get("cursor", ["0"])[0])
         records = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "runs"}] + [
             {"type": "file", "oid": _oid(data), "size": _size(data), "path": name}
-            | ({"lfs": {"oid": _sha256(data), "size": _size(data), "pointerSize": 134}} if name.endswith(LFS) else {})
-            for name, data in self.hub.files[repo][branch].items()]
+            | (
+                {"lfs": {"oid": _sha256(data), "size": _size(data), "pointerSize": 134}}
+                if name.endswith(LFS)
+                else {}
+            )
+            for name, data in self.hub.files[repo][branch].items()
+        ]
         more = cursor + self.hub.page < len(records)
-        link = {"Link": f'<{self.hub.url}/api/models/{repo}/tree/{revision}?cursor={cursor + self.hub.page}>; rel="next"'} if more else {}
-        self.json(records[cursor:cursor + self.hub.page], link)
+        link = (
+            {
+                "Link": f'<{self.hub.url}/api/models/{repo}/tree/{revision}?cursor={cursor + self.hub.page}>; rel="next"'
+            }
+            if more
+            else {}
+        )
+        self.json(records[cursor : cursor + self.hub.page], link)
 
     def resolve(self, repo, revision, name, query, fault):
         branch = self.branch(repo, revision)
@@ -184,7 +237,11 @@ class _Api(_Handler):
         headers = {"X-Repo-Commit": self.hub.commits[repo][branch]}
         if name.endswith(LFS):
             sha = _sha256(data)
-            linked = {"Location": f"{self.hub.storage}/{sha}", "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": len(data)}
+            linked = {
+                "Location": f"{self.hub.storage}/{sha}",
+                "X-Linked-Etag": f'"{sha}"',
+                "X-Linked-Size": len(data),
+            }
             return self.reply(302, headers | linked)
         return self.body(name, data, headers | {"ETag": f'"{_oid(data)}"'}, fault)
 

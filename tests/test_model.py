@@ -27,13 +27,25 @@ import model
 import recipes
 from gpt import GPT, GPTConfig, LinearCrossEntropy, load_hf, save_hf
 from lawa_core import LawaError, ema, lawa, open_trajectory
-from model import Config, batch, evaluate, evaluate_trajectory, learning_rate, open_corpus, run_dir, train
+from model import (
+    Config,
+    batch,
+    evaluate,
+    evaluate_trajectory,
+    learning_rate,
+    open_corpus,
+    run_dir,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-BYTES_PER_TOKEN = 1.25  # what the made-up meta.json claims, so that bits per byte differ from bits per token
+BYTES_PER_TOKEN = (
+    1.25  # what the made-up meta.json claims, so that bits per byte differ from bits per token
+)
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------------------------
+
 
 def write_corpus(folder, seed=0, vocab_size=257, train_tokens=20_000, val_tokens=3000, **meta):
     """A corpus as data/corpus.py writes it: random words in UTF-8, one token per byte, end-of-text is 256."""
@@ -45,11 +57,24 @@ def write_corpus(folder, seed=0, vocab_size=257, train_tokens=20_000, val_tokens
         np.frombuffer(text.encode(), np.uint8).astype("<u2").tofile(folder / f"{side}.bin")
     lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
     (folder / "tokenizer.tiktoken").write_text("\n".join(lines) + "\n")
-    described = {"name": folder.name, "val_fraction": 0.1, "seed": seed, "tokenizer": "tokenizer.tiktoken", "vocab_size": vocab_size,
-                 "eot_token": 256, "split": "files", "skipped": 0, "python": "3.11.0", "pattern": r"\w+|\W+",
-                 "manifest_sha256": hashlib.sha256(str(seed).encode()).hexdigest(), "documents": {"train": 1, "val": 1},
-                 "train_tokens": train_tokens, "val_tokens": val_tokens, "train_bytes": int(train_tokens * BYTES_PER_TOKEN),
-                 "val_bytes": int(val_tokens * BYTES_PER_TOKEN)}
+    described = {
+        "name": folder.name,
+        "val_fraction": 0.1,
+        "seed": seed,
+        "tokenizer": "tokenizer.tiktoken",
+        "vocab_size": vocab_size,
+        "eot_token": 256,
+        "split": "files",
+        "skipped": 0,
+        "python": "3.11.0",
+        "pattern": r"\w+|\W+",
+        "manifest_sha256": hashlib.sha256(str(seed).encode()).hexdigest(),
+        "documents": {"train": 1, "val": 1},
+        "train_tokens": train_tokens,
+        "val_tokens": val_tokens,
+        "train_bytes": int(train_tokens * BYTES_PER_TOKEN),
+        "val_bytes": int(val_tokens * BYTES_PER_TOKEN),
+    }
     (folder / "meta.json").write_text(json.dumps(described | meta))
     return folder
 
@@ -66,7 +91,10 @@ def column(folder, name):
 def checkpoints(folder):
     """{path within the folder: bits of every tensor}, averages included."""
     files = sorted(folder.rglob("*.safetensors"))
-    return {path.relative_to(folder).as_posix(): ref.state_bits(ref.read_safetensors(path)[0]) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): ref.state_bits(ref.read_safetensors(path)[0])
+        for path in files
+    }
 
 
 def weights(folder, step):
@@ -75,7 +103,11 @@ def weights(folder, step):
 
 def listing(folder):
     """Every file of a run but its lock, hidden ones included."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    )
 
 
 def digest(folder):
@@ -112,7 +144,16 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(corpus):
-    return Config(preset="nano", corpus=str(corpus), lr=3e-3, max_iters=12, batch_size=4, warmup_iters=3, ckpt_interval=2, seed=7)
+    return Config(
+        preset="nano",
+        corpus=str(corpus),
+        lr=3e-3,
+        max_iters=12,
+        batch_size=4,
+        warmup_iters=3,
+        ckpt_interval=2,
+        seed=7,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +203,14 @@ class Child:
     def __init__(self, server, log, argv, **options):
         self.server, self.log = server, log
         log.mkdir(parents=True, exist_ok=True)
-        self.pid = self.ask({"argv": [str(word) for word in argv], "out": str(log / "out"), "err": str(log / "err"), **options})
+        self.pid = self.ask(
+            {
+                "argv": [str(word) for word in argv],
+                "out": str(log / "out"),
+                "err": str(log / "err"),
+                **options,
+            }
+        )
 
     def ask(self, job):
         self.server.stdin.write(json.dumps(job) + "\n")
@@ -200,14 +248,21 @@ def child(server, tmp_path):
 @pytest.fixture
 def command(child):
     """command(argv...) -> (exit status, stdout, stderr)"""
+
     def call(*argv, **options):
         process = child(*argv, **options)
         return process.wait(), process.out, process.err
+
     return call
 
 
 def flags(config, out_dir=None, **more):
-    fields = dataclasses.asdict(config) | {"threads": 1} | ({"out_dir": out_dir} if out_dir else {}) | more
+    fields = (
+        dataclasses.asdict(config)
+        | {"threads": 1}
+        | ({"out_dir": out_dir} if out_dir else {})
+        | more
+    )
     return [word for name, value in fields.items() for word in (f"--{name}", value)]
 
 
@@ -220,17 +275,30 @@ def until(happened, seconds=60):
 
 # ---- killed, interrupted, out of disk -----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def long(config):
     """Accumulation, clipping, two online averages and validation: all that a resume has to bring back."""
-    return changed(config, max_iters=36, batch_size=2, accumulation=2, ckpt_interval=3, grad_clip=0.5, averages="ema(0.5); ema(0.9)")
+    return changed(
+        config,
+        max_iters=36,
+        batch_size=2,
+        accumulation=2,
+        ckpt_interval=3,
+        grad_clip=0.5,
+        averages="ema(0.5); ema(0.9)",
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(long, server, tmp_path_factory):
     """(folder, seconds) of the long run in one go."""
     folder, begun = tmp_path_factory.mktemp("runs") / "undisturbed", time.monotonic()
-    process = Child(server, tmp_path_factory.mktemp("log"), ["train", *flags(long, folder, state_seconds=0, eval_interval=5)])
+    process = Child(
+        server,
+        tmp_path_factory.mktemp("log"),
+        ["train", *flags(long, folder, state_seconds=0, eval_interval=5)],
+    )
     assert process.wait() == 0, process.err
     return folder, time.monotonic() - begun
 
@@ -258,7 +326,10 @@ def test_killed_while_touching_files(seed, long, undisturbed, child, tmp_path):
     folder = tmp_path / "run"
     argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
     for _ in range(5):
-        killed += child(*argv, signal_at=(rng.randint(1, 40), signal.SIGKILL, str(folder))).wait() == -signal.SIGKILL
+        killed += (
+            child(*argv, signal_at=(rng.randint(1, 40), signal.SIGKILL, str(folder))).wait()
+            == -signal.SIGKILL
+        )
         assert_whole(folder, undisturbed[0])
     assert killed >= 4
     go_on_to_the_end(child, argv, folder, undisturbed[0])
@@ -283,7 +354,9 @@ def test_killed_at_twenty_random_moments(long, undisturbed, child, tmp_path):
             assert number < 40
 
 
-SIGNALS = pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+SIGNALS = pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
 
 
 def check_interrupted(process, child, argv, folder, want):
@@ -324,7 +397,9 @@ def test_two_processes_of_one_run(long, undisturbed, child, tmp_path):
     folder = tmp_path / "run"
     argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
     processes = [child(*argv) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
+    assert [process.wait() for process in processes] == [0, 0], [
+        process.err for process in processes
+    ]
     assert_same_run(folder, undisturbed[0])
 
 
@@ -345,8 +420,15 @@ def test_full_disk(largest_file, survives, long, undisturbed, child, command, tm
 def test_real_command_killed_and_resumed(long, undisturbed, tmp_path):
     """The same through `python model.py` itself, from another folder."""
     folder = tmp_path / "run"
-    argv = [sys.executable, str(ROOT / "model.py"), "train", *map(str, flags(long, folder, state_seconds=0, eval_interval=5))]
-    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    argv = [
+        sys.executable,
+        str(ROOT / "model.py"),
+        "train",
+        *map(str, flags(long, folder, state_seconds=0, eval_interval=5)),
+    ]
+    with subprocess.Popen(
+        argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         until(lambda: (folder / "ckpt_12.safetensors").exists())
         process.kill()
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -357,6 +439,7 @@ def test_real_command_killed_and_resumed(long, undisturbed, tmp_path):
 
 # ---- what training computes ---------------------------------------------------------------------------------------------------------
 
+
 def naive_rate(schedule, step, lr, total, warmup, floor, cooldown):
     """Step is 0-based. nanoGPT's warm-up and cosine; Hägele et al. 2024's 1-sqrt cooldown."""
     if step < warmup:
@@ -364,23 +447,47 @@ def naive_rate(schedule, step, lr, total, warmup, floor, cooldown):
     if schedule == "constant":
         return lr
     if schedule == "cosine":
-        return lr * floor + (lr - lr * floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return (
+            lr * floor
+            + (lr - lr * floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        )
     begin = total - cooldown
-    return lr if step < begin else lr * floor + (lr - lr * floor) * (1 - math.sqrt((step - begin) / cooldown))
+    return (
+        lr
+        if step < begin
+        else lr * floor + (lr - lr * floor) * (1 - math.sqrt((step - begin) / cooldown))
+    )
 
 
 SCHEDULES = [  # schedule, max_iters, warmup_iters, min_lr_frac, cooldown_frac
-    ("cosine", 100, 10, 0.1, 0.2), ("cosine", 100, 0, 0.0, 0.2), ("cosine", 7, 7, 0.1, 0.2), ("constant", 50, 5, 0.1, 0.2),
-    ("wsd", 100, 10, 0.0, 0.2), ("wsd", 100, 10, 0.1, 0.5), ("wsd", 50, 0, 0.1, 1.0)]
+    ("cosine", 100, 10, 0.1, 0.2),
+    ("cosine", 100, 0, 0.0, 0.2),
+    ("cosine", 7, 7, 0.1, 0.2),
+    ("constant", 50, 5, 0.1, 0.2),
+    ("wsd", 100, 10, 0.0, 0.2),
+    ("wsd", 100, 10, 0.1, 0.5),
+    ("wsd", 50, 0, 0.1, 1.0),
+]
 
 
 @pytest.mark.parametrize("schedule, total, warmup, floor, cooldown", SCHEDULES)
 def test_learning_rate(schedule, total, warmup, floor, cooldown):
-    fields = {"schedule": schedule, "max_iters": total, "warmup_iters": warmup, "min_lr_frac": floor, "cooldown_frac": cooldown}
+    fields = {
+        "schedule": schedule,
+        "max_iters": total,
+        "warmup_iters": warmup,
+        "min_lr_frac": floor,
+        "cooldown_frac": cooldown,
+    }
     config = Config(lr=6e-3, ckpt_interval=1, **fields)
-    want = [naive_rate(schedule, step, 6e-3, total, warmup, floor, round(cooldown * total)) for step in range(total)]
+    want = [
+        naive_rate(schedule, step, 6e-3, total, warmup, floor, round(cooldown * total))
+        for step in range(total)
+    ]
     assert [learning_rate(config, step) for step in range(total)] == pytest.approx(want, rel=1e-12)
-    assert learning_rate(config, 0) == pytest.approx(6e-3 / (warmup + 1))  # never 0: the first step counts
+    assert learning_rate(config, 0) == pytest.approx(
+        6e-3 / (warmup + 1)
+    )  # never 0: the first step counts
 
 
 def naive_training(config, tokens, vocab_size):
@@ -399,8 +506,15 @@ def naive_training(config, tokens, vocab_size):
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         shrink = min(1.0, config.grad_clip / norm) if config.grad_clip else 1.0
-        lr = naive_rate(config.schedule, step, config.lr, config.max_iters, config.warmup_iters, config.min_lr_frac,
-                        round(config.cooldown_frac * config.max_iters))
+        lr = naive_rate(
+            config.schedule,
+            step,
+            config.lr,
+            config.max_iters,
+            config.warmup_iters,
+            config.min_lr_frac,
+            round(config.cooldown_frac * config.max_iters),
+        )
         with torch.no_grad():
             for name, p in params.items():
                 g = grads[name] * shrink
@@ -408,7 +522,12 @@ def naive_training(config, tokens, vocab_size):
                 second[name] = config.beta2 * second[name] + (1 - config.beta2) * g * g
                 if p.dim() == 2:
                     p -= lr * config.weight_decay * p
-                p -= lr * first[name] / (1 - config.beta1 ** (step + 1)) / ((second[name] / (1 - config.beta2 ** (step + 1))).sqrt() + 1e-8)
+                p -= (
+                    lr
+                    * first[name]
+                    / (1 - config.beta1 ** (step + 1))
+                    / ((second[name] / (1 - config.beta2 ** (step + 1))).sqrt() + 1e-8)
+                )
         table.append((step + 1, (step + 1) * data[:, 1:].numel(), lr, loss.item(), norm))
         trail[step + 1] = {name: p.detach().clone() for name, p in params.items()}
     return table, start, trail
@@ -431,7 +550,9 @@ def test_training_is_the_textbook_loop(name, config, corpus, tmp_path):
     table, start, trail = naive_training(config, open_corpus(corpus).train, 257)
     run = train(config, tmp_path / "run")
     assert (run / "metrics.csv").read_text().splitlines()[0] == "step,tokens,lr,loss,grad_norm"
-    assert [tuple(row.values()) for row in rows(run)] == [pytest.approx(row, rel=2e-4) for row in table]
+    assert [tuple(row.values()) for row in rows(run)] == [
+        pytest.approx(row, rel=2e-4) for row in table
+    ]
     for step in config.checkpoint_steps:
         assert_near(weights(run, step), trail[step], start, 1e-4)
 
@@ -440,8 +561,12 @@ def test_recipes_differ(config, corpus):
     """What the test above tells apart: the recipes end far from one another, by more than its tolerance."""
     ends = {}
     for name, fields in RECIPES.items():
-        _, start, trail = naive_training(changed(config, max_iters=8, **fields), open_corpus(corpus).train, 257)
-        ends[name] = torch.cat([(weight - start[key]).flatten() for key, weight in trail[8].items()])
+        _, start, trail = naive_training(
+            changed(config, max_iters=8, **fields), open_corpus(corpus).train, 257
+        )
+        ends[name] = torch.cat(
+            [(weight - start[key]).flatten() for key, weight in trail[8].items()]
+        )
     for one, other in itertools.combinations(ends, 2):
         assert (ends[one] - ends[other]).norm() > 1e-2 * ends[one].norm(), (one, other)
 
@@ -449,25 +574,39 @@ def test_recipes_differ(config, corpus):
 def test_weight_decay_on_matrices_only(config, tmp_path):
     """After one step from the same weights: layer norms agree bit for bit, matrices differ by lr * decay * weight."""
     one = changed(config, max_iters=1, warmup_iters=0, ckpt_interval=1)
-    without, decayed = (weights(train(changed(one, weight_decay=decay), tmp_path / str(decay)), 1) for decay in (0.0, 0.5))
+    without, decayed = (
+        weights(train(changed(one, weight_decay=decay), tmp_path / str(decay)), 1)
+        for decay in (0.0, 0.5)
+    )
     start = GPT(model.preset("nano", 257), one.seed).state_dict()
     assert {weight.dim() for weight in without.values()} == {1, 2}
     for name, weight in without.items():
         if weight.dim() == 1:
             assert torch.equal(decayed[name], weight), name
         else:
-            torch.testing.assert_close(weight - decayed[name], one.lr * 0.5 * start[name], rtol=1e-3, atol=2e-7)
+            torch.testing.assert_close(
+                weight - decayed[name], one.lr * 0.5 * start[name], rtol=1e-3, atol=2e-7
+            )
 
 
 def test_accumulation_1x16_equals_4x4(config, corpus, tmp_path):
-    splits = [changed(config, batch_size=size, accumulation=16 // size, max_iters=6) for size in (16, 4)]
+    splits = [
+        changed(config, batch_size=size, accumulation=16 // size, max_iters=6) for size in (16, 4)
+    ]
     tokens = open_corpus(corpus).train
-    assert all(np.array_equal(*(batch(tokens, split, step) for split in splits)) for step in range(6))
+    assert all(
+        np.array_equal(*(batch(tokens, split, step) for split in splits)) for step in range(6)
+    )
     one, four = (train(split, tmp_path / str(split.batch_size)) for split in splits)
     assert column(one, "tokens") == column(four, "tokens")
     for name in ("loss", "grad_norm"):  # the norm too: AdamW forgives a loss that is not divided
         assert column(four, name) == pytest.approx(column(one, name), rel=1e-4)
-    assert_near(weights(four, 6), weights(one, 6), GPT(model.preset("nano", 257), config.seed).state_dict(), 1e-2)
+    assert_near(
+        weights(four, 6),
+        weights(one, 6),
+        GPT(model.preset("nano", 257), config.seed).state_dict(),
+        1e-2,
+    )
 
 
 def test_evaluation_does_not_change_training(config, run, tmp_path):
@@ -475,12 +614,17 @@ def test_evaluation_does_not_change_training(config, run, tmp_path):
         other = train(config, tmp_path / str(interval), eval_interval=interval)
         assert (other / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
         assert checkpoints(other) == checkpoints(run)
-        assert [row["step"] for row in rows(other, "val.csv")] == list(range(interval, 13, interval))
+        assert [row["step"] for row in rows(other, "val.csv")] == list(
+            range(interval, 13, interval)
+        )
 
 
-BESIDE = {"checkpoints": ({"ckpt_interval": 3}, {}), "averages": ({"averages": "ema(0.5)"}, {}),
-          "resume states": ({}, {"state_seconds": 0}),
-          "progress": ({}, {"progress": lambda *_: None})}
+BESIDE = {
+    "checkpoints": ({"ckpt_interval": 3}, {}),
+    "averages": ({"averages": "ema(0.5)"}, {}),
+    "resume states": ({}, {"state_seconds": 0}),
+    "progress": ({}, {"progress": lambda *_: None}),
+}
 
 
 @pytest.mark.parametrize("fields, options", BESIDE.values(), ids=BESIDE)
@@ -497,7 +641,9 @@ def test_training_is_deterministic_whatever_the_global_generators_say(config, ru
 
 
 def test_training_learns(config, tmp_path):
-    losses = column(train(changed(config, max_iters=60, ckpt_interval=60), tmp_path / "run"), "loss")
+    losses = column(
+        train(changed(config, max_iters=60, ckpt_interval=60), tmp_path / "run"), "loss"
+    )
     assert losses[0] == pytest.approx(math.log(320), abs=0.1)  # 257 tokens, padded to 320
     assert np.mean(losses[-5:]) < losses[0] - 1
 
@@ -506,7 +652,10 @@ def test_ema_trajectories(config, tmp_path):
     """Each beta leaves a trajectory of its own; it is the EMA of every step, also between checkpoints."""
     betas = ["0.5", "0.9"]
     every = train(changed(config, ckpt_interval=1), tmp_path / "every")
-    run = train(changed(config, ckpt_interval=4, averages="; ".join(f"ema({beta})" for beta in betas)), tmp_path / "run")
+    run = train(
+        changed(config, ckpt_interval=4, averages="; ".join(f"ema({beta})" for beta in betas)),
+        tmp_path / "run",
+    )
     steps = list(range(1, 13))
     states = {step: weights(every, step) for step in steps}
     for beta in betas:
@@ -522,7 +671,14 @@ def test_ema_trajectories(config, tmp_path):
 
 def test_run_folder(config, run):
     """What DESIGN.md lists, and no more: nothing half-written, no resume state once the run is finished."""
-    assert listing(run) == sorted(["config.json", "metrics.csv", "summary.json", *(f"ckpt_{step}.safetensors" for step in range(2, 13, 2))])
+    assert listing(run) == sorted(
+        [
+            "config.json",
+            "metrics.csv",
+            "summary.json",
+            *(f"ckpt_{step}.safetensors" for step in range(2, 13, 2)),
+        ]
+    )
     found = json.loads((run / "config.json").read_text())
     assert found.items() >= {**dataclasses.asdict(config), "dtype": "fp32"}.items()
     assert isinstance(json.loads((run / "summary.json").read_text()), dict)
@@ -542,15 +698,31 @@ def test_bf16_autocast(config, run, tmp_path):
 
 # ---- batches ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_batches_are_a_function_of_seed_and_step(config):
     tokens = np.random.default_rng(0).integers(0, 257, 5000).astype(np.uint16)
-    seen = {(seed, step): batch(tokens, changed(config, seed=seed), step) for seed in range(4) for step in range(10)}
+    seen = {
+        (seed, step): batch(tokens, changed(config, seed=seed), step)
+        for seed in range(4)
+        for step in range(10)
+    }
     torch.manual_seed(5)
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     for (seed, step), want in reversed(seen.items()):
-        other = changed(config, seed=seed, lr=1.0, max_iters=99, ckpt_interval=7, schedule="wsd", weight_decay=0.0)
+        other = changed(
+            config,
+            seed=seed,
+            lr=1.0,
+            max_iters=99,
+            ckpt_interval=7,
+            schedule="wsd",
+            weight_decay=0.0,
+        )
         assert np.array_equal(batch(tokens, other, step), want)
-    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
+    assert (
+        torch.equal(torch.get_rng_state(), state[0])
+        and np.random.get_state()[1].tolist() == state[1]
+    )
     assert len({found.tobytes() for found in seen.values()}) == len(seen)
     sequences = np.concatenate(list(seen.values()))
     assert sequences.shape == (40 * 4, 65)
@@ -567,7 +739,12 @@ def test_batches_are_contiguous_and_reach_both_ends(config):
 
 # ---- run folders and refusals -------------------------------------------------------------------------------------------------------
 
-OTHER_TEXT = {"preset": "micro", "schedule": "wsd", "averages": "ema(0.9)", "dtype": "bf16"}  # another legal value of each text field
+OTHER_TEXT = {
+    "preset": "micro",
+    "schedule": "wsd",
+    "averages": "ema(0.9)",
+    "dtype": "bf16",
+}  # another legal value of each text field
 
 
 def other_value(field, value):
@@ -585,7 +762,9 @@ def test_same_config_same_folder(config, corpus, tmp_path):
     code = "import sys, json, model; print(model.run_dir(model.Config(**json.loads(sys.argv[1])), sys.argv[2]))"
     argv = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+    )
     assert done.stdout.strip() == str(folder), done.stderr
 
 
@@ -595,23 +774,38 @@ def test_same_corpus_elsewhere_is_the_same_run(config, corpus, tmp_path):
 
 
 def test_any_other_field_is_another_folder(config, tmp_path):
-    fields = {name: other_value(name, value) for name, value in dataclasses.asdict(config).items()
-              if name not in ("corpus", "init_from", "init_step")}
-    folders = {name: run_dir(changed(config, **{name: value}), tmp_path) for name, value in fields.items()}
+    fields = {
+        name: other_value(name, value)
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("corpus", "init_from", "init_step")
+    }
+    folders = {
+        name: run_dir(changed(config, **{name: value}), tmp_path) for name, value in fields.items()
+    }
     assert len({run_dir(config, tmp_path), *folders.values()}) == len(folders) + 1
 
 
 def test_a_start_from_weights_is_named_by_their_content(config, run, tmp_path):
     copied = shutil.copy(run / "ckpt_4.safetensors", tmp_path / "average.safetensors")
-    starts = [changed(config, init_from=str(path), init_step=step) for path, step in
-              ((run / "ckpt_4.safetensors", 4), (copied, 4), (run / "ckpt_4.safetensors", 5), (run / "ckpt_6.safetensors", 4))]
+    starts = [
+        changed(config, init_from=str(path), init_step=step)
+        for path, step in (
+            (run / "ckpt_4.safetensors", 4),
+            (copied, 4),
+            (run / "ckpt_4.safetensors", 5),
+            (run / "ckpt_6.safetensors", 4),
+        )
+    ]
     folders = [run_dir(start, tmp_path) for start in starts]
     assert folders[0] == folders[1] and len({*folders, run_dir(config, tmp_path)}) == 4
 
 
 def test_start_from_weights(config, run, tmp_path):
     """It begins with those weights, at that step of schedule and batches, with a fresh optimizer."""
-    start = train(changed(config, init_from=str(run / "ckpt_4.safetensors"), init_step=4, max_iters=6), tmp_path / "start")
+    start = train(
+        changed(config, init_from=str(run / "ckpt_4.safetensors"), init_step=4, max_iters=6),
+        tmp_path / "start",
+    )
     assert [row["step"] for row in rows(start)] == [5, 6]
     assert rows(start)[0]["loss"] == rows(run)[4]["loss"] and rows(start)[0]["lr"] != 0
     assert sorted(path.name for path in start.glob("ckpt_*")) == ["ckpt_6.safetensors"]
@@ -620,7 +814,9 @@ def test_start_from_weights(config, run, tmp_path):
 def test_burst(config, run, tmp_path):
     """Only the rate of the burst's steps differs; before it, so do no bits."""
     burst = changed(config, burst_at=6, burst_iters=2, burst_factor=10.0)
-    ratios = [learning_rate(burst, step) / learning_rate(config, step) for step in range(config.max_iters)]
+    ratios = [
+        learning_rate(burst, step) / learning_rate(config, step) for step in range(config.max_iters)
+    ]
     assert ratios == pytest.approx([10 if 6 <= step < 8 else 1 for step in range(config.max_iters)])
     folder = train(burst, tmp_path / "burst")
     assert checkpoints(folder)["ckpt_6.safetensors"] == checkpoints(run)["ckpt_6.safetensors"]
@@ -630,13 +826,19 @@ def test_burst(config, run, tmp_path):
 def test_held_rate(config):
     """Cosine until the share hold_frac of the steps, then the rate it had there: what SWA asks for."""
     held = changed(config, hold_frac=0.75)
-    assert [learning_rate(held, step) for step in range(9)] == [learning_rate(config, step) for step in range(9)]
+    assert [learning_rate(held, step) for step in range(9)] == [
+        learning_rate(config, step) for step in range(9)
+    ]
     assert {learning_rate(held, step) for step in range(9, 12)} == {learning_rate(config, 9)}
 
 
 def test_online_averages_are_trajectories(config, run, tmp_path):
     """Each average kept while training equals the offline scheme over checkpoints of every step."""
-    texts = {"ema(0.5)": "ema-0.5", "swa(start=4, every=2)": "swa-start=4-every=2", "lawa(3, 1)": "lawa-3-1"}
+    texts = {
+        "ema(0.5)": "ema-0.5",
+        "swa(start=4, every=2)": "swa-start=4-every=2",
+        "lawa(3, 1)": "lawa-3-1",
+    }
     folder = train(changed(config, ckpt_interval=1, averages="; ".join(texts)), tmp_path / "run")
     assert checkpoints(folder)["ckpt_12.safetensors"] == checkpoints(run)["ckpt_12.safetensors"]
     for text, name in texts.items():
@@ -645,7 +847,9 @@ def test_online_averages_are_trajectories(config, run, tmp_path):
         for tensor in offline:
             torch.testing.assert_close(online[tensor], offline[tensor], rtol=1e-5, atol=1e-7)
     assert not (folder / "swa-start=4-every=2" / "ckpt_3.safetensors").exists()
-    rows = evaluate_trajectory(folder, {"kept": "lawa(3, 1)", "after": lawa(3, 1)}, [12], n_blocks=4)
+    rows = evaluate_trajectory(
+        folder, {"kept": "lawa(3, 1)", "after": lawa(3, 1)}, [12], n_blocks=4
+    )
     assert rows[1]["loss"] == pytest.approx(rows[2]["loss"], abs=1e-6)
 
 
@@ -684,34 +888,63 @@ sys.exit(model.main(sys.argv[1:]))
 
 def torchrun(script, config, folder, *options, **environment):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", *options, str(script), "train"]
-    return subprocess.run([sys.executable, *launch, *map(str, flags(config, folder, state_seconds=0))], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run(
+        [sys.executable, *launch, *map(str, flags(config, folder, state_seconds=0))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def test_two_ranks_are_one_run(config, tmp_path):
     """torchrun with two processes: the same batches, losses and weights within fp32 noise; and the same bits when it is run again, or when
     a rank is lost on the way."""
-    one, two, again, lost = train(config, tmp_path / "one"), *(tmp_path / name for name in ("two", "again", "lost"))
+    one, two, again, lost = (
+        train(config, tmp_path / "one"),
+        *(tmp_path / name for name in ("two", "again", "lost")),
+    )
     for folder in (two, again):
         done = torchrun(ROOT / "model.py", config, folder, "--standalone")
         assert done.returncode == 0, done.stderr[-2000:]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
-    assert_near(weights(two, 12), weights(one, 12), ref.read_safetensors(one / "ckpt_2.safetensors")[0], 2e-3)
+    assert_near(
+        weights(two, 12),
+        weights(one, 12),
+        ref.read_safetensors(one / "ckpt_2.safetensors")[0],
+        2e-3,
+    )
     assert_same_run(again, two)
     (script := tmp_path / "loses_a_rank.py").write_text(LOSES_A_RANK)
-    done = torchrun(script, config, lost, "--standalone", "--max_restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as documented
+    done = torchrun(
+        script,
+        config,
+        lost,
+        "--standalone",
+        "--max_restarts=1",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )  # as documented
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "attempt 1 at step 6" in done.stdout and "attempt 1 at step 5" not in done.stdout  # it went on from its last state
+    assert (
+        "attempt 1 at step 6" in done.stdout and "attempt 1 at step 5" not in done.stdout
+    )  # it went on from its last state
     assert_same_run(lost, two)
 
 
 def test_two_ranks_accumulate(config, tmp_path):
     """Two micro-batches a rank, whose gradients travel once, are the same run within fp32 noise."""
     one, two = train(config, tmp_path / "one"), tmp_path / "two"
-    done = torchrun(ROOT / "model.py", changed(config, batch_size=1, accumulation=4), two, "--standalone")
+    done = torchrun(
+        ROOT / "model.py", changed(config, batch_size=1, accumulation=4), two, "--standalone"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
-    assert_near(weights(two, 12), weights(one, 12), ref.read_safetensors(one / "ckpt_2.safetensors")[0], 2e-3)
+    assert_near(
+        weights(two, 12),
+        weights(one, 12),
+        ref.read_safetensors(one / "ckpt_2.safetensors")[0],
+        2e-3,
+    )
 
 
 def test_a_restart_that_would_hang_is_refused(config, tmp_path):
@@ -727,18 +960,24 @@ def test_batches_cut_behind_the_step_are_the_same(config, corpus, tmp_path):
     run = model._Run(config, open_corpus(corpus), tmp_path, torch.device("cpu"))
     for step in (3, 4):
         run.loader.start(run._batch, step)
-        assert torch.equal(run.loader.wait(), torch.from_numpy(batch(run.corpus.train, config, step)))
+        assert torch.equal(
+            run.loader.wait(), torch.from_numpy(batch(run.corpus.train, config, step))
+        )
     run.loader.close()
 
 
 def test_batches_too_few_for_the_ranks(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(model, "_ranks", lambda device: model.contextlib.nullcontext((0, 3, torch.device("cpu"))))
+    monkeypatch.setattr(
+        model, "_ranks", lambda device: model.contextlib.nullcontext((0, 3, torch.device("cpu")))
+    )
     with pytest.raises(LawaError, match="3 equal ranks"):
         train(config, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("meta", [{"manifest_sha256": "0" * 64}, {"vocab_size": 300}, {"val_fraction": 0.2}, {"seed": 5}])
+@pytest.mark.parametrize(
+    "meta", [{"manifest_sha256": "0" * 64}, {"vocab_size": 300}, {"val_fraction": 0.2}, {"seed": 5}]
+)
 def test_another_corpus_is_another_folder(meta, config, tmp_path):
     other = write_corpus(tmp_path / "tiny", **meta)
     assert run_dir(changed(config, corpus=str(other)), tmp_path) != run_dir(config, tmp_path)
@@ -781,13 +1020,16 @@ def test_a_folder_of_another_text_is_refused(config, tmp_path):
 @pytest.fixture
 def nan_at(monkeypatch):
     """nan_at(n): the n-th training loss from now on is not a number."""
+
     def arrange(n):
         forward, calls = GPT.forward, iter(range(1, 10_000))
 
         def broken(self, *args, **options):
             logits, loss = forward(self, *args, **options)
             return logits, loss * math.nan if loss is not None and next(calls) >= n else loss
+
         monkeypatch.setattr(GPT, "forward", broken)
+
     return arrange
 
 
@@ -796,9 +1038,13 @@ def test_nan_loss_keeps_the_last_good_state(config, run, nan_at, monkeypatch, tm
     nan_at(8)
     with pytest.raises(LawaError, match="step 8") as caught:
         train(config, folder)
-    assert "nan" in str(caught.value) and "lr" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        "nan" in str(caught.value) and "lr" in str(caught.value) and "\n" not in str(caught.value)
+    )
     good = [f"ckpt_{step}.safetensors" for step in (2, 4, 6)]
-    assert checkpoints(folder) == {name: bits for name, bits in checkpoints(run).items() if name in good}
+    assert checkpoints(folder) == {
+        name: bits for name, bits in checkpoints(run).items() if name in good
+    }
     assert not (folder / "summary.json").exists()
     assert all(math.isfinite(loss) for loss in column(folder, "loss"))
     monkeypatch.undo()
@@ -806,9 +1052,15 @@ def test_nan_loss_keeps_the_last_good_state(config, run, nan_at, monkeypatch, tm
 
 
 def test_nan_loss_on_the_command_line(config, command, tmp_path):
-    status, _, err = command("train", *flags(changed(config, lr=1e30, warmup_iters=0), tmp_path / "run"))
+    status, _, err = command(
+        "train", *flags(changed(config, lr=1e30, warmup_iters=0), tmp_path / "run")
+    )
     assert status == 1
-    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and "1e+30" in err.replace("1.00e", "1e")
+    assert (
+        len(err.strip().splitlines()) == 1
+        and err.startswith("error: ")
+        and "1e+30" in err.replace("1.00e", "1e")
+    )
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -859,16 +1111,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, config, command, tmp_pat
     assert (status, out) == (2, "")
     if "usage:" not in err:  # argparse prints its usage first
         assert len(message) == 1 and err.startswith("error: ")
-    assert "Traceback" not in err and [word for word in words.split() if word not in message[-1]] == []
+    assert (
+        "Traceback" not in err and [word for word in words.split() if word not in message[-1]] == []
+    )
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv, words", [(("sample", "nowhere"), "nowhere"), (("plan", "--scale", "huge"), "scale huge"),
-                                         (("plan", "--lr", "-1"), "lr -1"), (("dance",), "dance"), ((), "command")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (("sample", "nowhere"), "nowhere"),
+        (("plan", "--scale", "huge"), "scale huge"),
+        (("plan", "--lr", "-1"), "lr -1"),
+        (("dance",), "dance"),
+        ((), "command"),
+    ],
+)
 def test_other_commands_refuse(argv, words, command, tmp_path):
     status, out, err = command(*argv)
     assert (status, out) == (2, "")
-    assert "Traceback" not in err and all(word in err.strip().splitlines()[-1] for word in words.split())
+    assert "Traceback" not in err and all(
+        word in err.strip().splitlines()[-1] for word in words.split()
+    )
 
 
 def test_config_is_frozen_and_knows_its_fields(config):
@@ -880,12 +1144,17 @@ def test_config_is_frozen_and_knows_its_fields(config):
 
 # ---- corpora ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_open_corpus(corpus):
     found = open_corpus(corpus)
     for side, length in (("train", 20_000), ("val", 3000)):
         assert np.array_equal(getattr(found, side), np.fromfile(corpus / f"{side}.bin", "<u2"))
         assert len(getattr(found, side)) == length
-    assert (found.name, found.vocab_size, found.val_bytes_per_token) == ("tiny", 257, BYTES_PER_TOKEN)
+    assert (found.name, found.vocab_size, found.val_bytes_per_token) == (
+        "tiny",
+        257,
+        BYTES_PER_TOKEN,
+    )
     text = "def f(x):\n    return 'å'"
     assert found.tokenizer().encode_ordinary(text) == list(text.encode())
 
@@ -909,7 +1178,15 @@ def damage(corpus, kind):
         (corpus / "meta.json").write_text('{"name": "tiny"}')
 
 
-DAMAGES = ["fewer tokens", "more tokens", "half a token", "no file", "empty file", "broken meta.json", "keys missing"]
+DAMAGES = [
+    "fewer tokens",
+    "more tokens",
+    "half a token",
+    "no file",
+    "empty file",
+    "broken meta.json",
+    "keys missing",
+]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -924,7 +1201,9 @@ def test_a_damaged_corpus_is_refused(kind, config, command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("token", [65_535, 300])  # 300: beyond the vocabulary of 257, within its padding to 320
+@pytest.mark.parametrize(
+    "token", [65_535, 300]
+)  # 300: beyond the vocabulary of 257, within its padding to 320
 def test_token_ids_beyond_the_vocabulary_are_refused(token, config, command, tmp_path):
     corpus = write_corpus(tmp_path / "tiny")
     np.full(20_000, token, "<u2").tofile(corpus / "train.bin")
@@ -933,7 +1212,9 @@ def test_token_ids_beyond_the_vocabulary_are_refused(token, config, command, tmp
     assert "257" in err and str(token) in err
 
 
-@pytest.mark.parametrize("sizes, words", [({"train_tokens": 64}, "64 training"), ({"val_tokens": 64}, "64 validation")])
+@pytest.mark.parametrize(
+    "sizes, words", [({"train_tokens": 64}, "64 training"), ({"val_tokens": 64}, "64 validation")]
+)
 def test_a_corpus_shorter_than_a_block_is_refused(sizes, words, config, tmp_path):
     corpus = write_corpus(tmp_path / "tiny", **sizes)
     with pytest.raises(LawaError, match=words):
@@ -942,6 +1223,7 @@ def test_a_corpus_shorter_than_a_block_is_refused(sizes, words, config, tmp_path
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------------------------
+
 
 class Recorder(GPT):
     """A GPT that remembers what it was asked."""
@@ -978,7 +1260,9 @@ def test_evaluate_is_the_naive_loop(n_blocks, corpus):
     corpus = open_corpus(corpus)
     blocks, losses = blocks_of(corpus, n_blocks)
     assert (losses.shape, losses.dtype, blocks.shape) == ((n_blocks,), np.float64, (n_blocks, 65))
-    assert losses == pytest.approx(naive_losses(GPT(model.preset("nano", 257), 0).state_dict(), blocks), abs=2e-6)
+    assert losses == pytest.approx(
+        naive_losses(GPT(model.preset("nano", 257), 0).state_dict(), blocks), abs=2e-6
+    )
 
 
 def test_blocks_are_contiguous_spread_and_the_same_for_all_models(tmp_path):
@@ -986,7 +1270,7 @@ def test_blocks_are_contiguous_spread_and_the_same_for_all_models(tmp_path):
     np.random.default_rng(3).integers(0, 320, 3000).astype("<u2").tofile(corpus.folder / "val.bin")
     corpus = open_corpus(corpus.folder)
     blocks, _ = blocks_of(corpus, 20)
-    windows = {corpus.val[i:i + 65].tobytes(): i for i in range(3000 - 64)}
+    windows = {corpus.val[i : i + 65].tobytes(): i for i in range(3000 - 64)}
     starts = [windows[block.numpy().astype("<u2").tobytes()] for block in blocks]
     gaps = np.diff(starts)
     assert gaps.min() >= 64 and gaps.max() - gaps.min() <= 1  # apart, and evenly
@@ -997,17 +1281,25 @@ def test_blocks_are_contiguous_spread_and_the_same_for_all_models(tmp_path):
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_leaves_everything_as_it_was(training, corpus):
     net, corpus = GPT(model.preset("nano", 257)).train(training), open_corpus(corpus)
-    before, generators = ref.state_bits(net.state_dict()), (torch.get_rng_state(), str(np.random.get_state()))
+    before, generators = (
+        ref.state_bits(net.state_dict()),
+        (torch.get_rng_state(), str(np.random.get_state())),
+    )
     evaluate(net, corpus, 5)
     assert {module.training for module in net.modules()} == {training}
     assert ref.state_bits(net.state_dict()) == before
-    assert torch.equal(torch.get_rng_state(), generators[0]) and str(np.random.get_state()) == generators[1]
+    assert (
+        torch.equal(torch.get_rng_state(), generators[0])
+        and str(np.random.get_state()) == generators[1]
+    )
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
 OPENED = []  # every file this process opens, while a test listens
 LISTENING = [False]
-sys.addaudithook(lambda event, args: LISTENING[0] and event == "open" and OPENED.append(str(args[0])))
+sys.addaudithook(
+    lambda event, args: LISTENING[0] and event == "open" and OPENED.append(str(args[0]))
+)
 
 
 def opened_by(work):
@@ -1027,17 +1319,21 @@ def copied(run, tmp_path):
 
 SCHEMES = {  # label: scheme, its naive weights over steps 2, 4, ... 12
     "LAWA": (lawa(3, 2), lambda steps, at: ref.lawa_weights(steps, at, 3, 2)),
-    "an EMA": (ema(0.6), lambda steps, at: ref.ema_weights(steps, at, 0.6))}
+    "an EMA": (ema(0.6), lambda steps, at: ref.ema_weights(steps, at, 0.6)),
+}
 
 
 def assert_rows(got, want):
     """The same rows in the same order, their numbers but for rounding."""
     names = ("run", "step", "scheme", "n_blocks")
-    assert [tuple(row[name] for name in names) for row in got] == [tuple(row[name] for name in names) for row in want]
+    assert [tuple(row[name] for name in names) for row in got] == [
+        tuple(row[name] for name in names) for row in want
+    ]
     for found, row in zip(got, want, strict=True):
         assert set(found) == set(row)
         assert {name: found[name] for name in row if name not in names} == pytest.approx(
-            {name: value for name, value in row.items() if name not in names}, rel=1e-4, abs=2e-6)
+            {name: value for name, value in row.items() if name not in names}, rel=1e-4, abs=2e-6
+        )
 
 
 def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
@@ -1047,15 +1343,32 @@ def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
     want = []
     for step in (2, 8, 12):
         own = naive_losses(states[step], blocks)
-        for label, naive in {"run": lambda steps, at: {at: 1}, **{label: naive for label, (_, naive) in SCHEMES.items()}}.items():
+        for label, naive in {
+            "run": lambda steps, at: {at: 1},
+            **{label: naive for label, (_, naive) in SCHEMES.items()},
+        }.items():
             row = naive(list(states), step)
             mean = ref.average([states[s] for s in sorted(row)], [row[s] for s in sorted(row)])
-            losses = naive_losses({name: torch.from_numpy(value.astype(np.float32)) for name, value in mean.items()}, blocks)
-            want.append({"run": copied.name, "step": step, "scheme": label, "n_blocks": 20,
-                         "bpb": losses.mean() / math.log(2) / BYTES_PER_TOKEN,
-                         "loss": losses.mean(), "loss_se": losses.std(ddof=1) / math.sqrt(20),
-                         "gain": (own - losses).mean(), "gain_se": (own - losses).std(ddof=1) / math.sqrt(20)})
-    got = evaluate_trajectory(copied, {label: scheme for label, (scheme, _) in SCHEMES.items()}, (2, 8, 12), 20)
+            losses = naive_losses(
+                {name: torch.from_numpy(value.astype(np.float32)) for name, value in mean.items()},
+                blocks,
+            )
+            want.append(
+                {
+                    "run": copied.name,
+                    "step": step,
+                    "scheme": label,
+                    "n_blocks": 20,
+                    "bpb": losses.mean() / math.log(2) / BYTES_PER_TOKEN,
+                    "loss": losses.mean(),
+                    "loss_se": losses.std(ddof=1) / math.sqrt(20),
+                    "gain": (own - losses).mean(),
+                    "gain_se": (own - losses).std(ddof=1) / math.sqrt(20),
+                }
+            )
+    got = evaluate_trajectory(
+        copied, {label: scheme for label, (scheme, _) in SCHEMES.items()}, (2, 8, 12), 20
+    )
     assert_rows(got, want)
     gains = [row["gain"] for row in want if row["step"] == 12 and row["scheme"] != "run"]
     assert min(map(abs, gains)) > 1e-4  # large enough to tell the sign
@@ -1064,8 +1377,15 @@ def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
 def test_evaluations_are_cached(copied):
     def ask(label="LAWA", scheme=SCHEMES["LAWA"][0], at=(4, 12), n_blocks=10):
         return opened_by(lambda: evaluate_trajectory(copied, {label: scheme}, at, n_blocks))
+
     first, opened = ask()
-    assert opened == {"ckpt_2.safetensors", "ckpt_4.safetensors", "ckpt_8.safetensors", "ckpt_10.safetensors", "ckpt_12.safetensors"}
+    assert opened == {
+        "ckpt_2.safetensors",
+        "ckpt_4.safetensors",
+        "ckpt_8.safetensors",
+        "ckpt_10.safetensors",
+        "ckpt_12.safetensors",
+    }
     assert (copied / "eval.csv").exists()
     again, opened = ask()
     assert (again, opened) == (first, set())
@@ -1088,7 +1408,9 @@ def test_evaluation_is_the_same_in_one_go_or_piece_by_piece(copied, run, tmp_pat
             evaluate_trajectory(other, {label: schemes[label]}, (step,), 10)
     assert_rows(evaluate_trajectory(other, schemes, None, 10), whole)
     assert sorted({row["step"] for row in whole}) == [2, 4, 6, 8, 10, 12]
-    assert_rows(evaluate_trajectory(other, {}, None, 10), [row for row in whole if row["scheme"] == "run"])
+    assert_rows(
+        evaluate_trajectory(other, {}, None, 10), [row for row in whole if row["scheme"] == "run"]
+    )
 
 
 def test_a_trajectory_that_is_none_is_refused(tmp_path, copied):
@@ -1108,7 +1430,10 @@ IDX = torch.from_numpy(np.random.default_rng(1).integers(0, 97, (2, 24)))
 def hf_gpt2(**changes):
     """transformers' GPT-2 with every weight and bias random, large enough that each matters."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    net = GPT2LMHeadModel(GPT2Config(**TINY | {"bos_token_id": 0, "eos_token_id": 0} | changes)).eval()
+
+    net = GPT2LMHeadModel(
+        GPT2Config(**TINY | {"bos_token_id": 0, "eos_token_id": 0} | changes)
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -1128,7 +1453,12 @@ def test_loads_what_transformers_saves(scaled, activation, tmp_path):
     theirs = hf_gpt2(scale_attn_by_inverse_layer_idx=scaled, activation_function=activation)
     theirs.save_pretrained(tmp_path)
     ours = load_hf(tmp_path)
-    assert (ours.config.n_layer, ours.config.block_size, ours.config.vocab_size, ours.config.bias) == (3, 24, 97, True)
+    assert (
+        ours.config.n_layer,
+        ours.config.block_size,
+        ours.config.vocab_size,
+        ours.config.bias,
+    ) == (3, 24, 97, True)
     assert ours.config.scale_attn_by_inverse_layer_idx is scaled
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
@@ -1140,24 +1470,35 @@ def test_loads_what_transformers_saves(scaled, activation, tmp_path):
 @pytest.mark.parametrize("scaled, bias", [(True, False), (False, True), (True, True)])
 def test_transformers_loads_what_save_hf_writes(scaled, bias, gelu, tmp_path):
     from transformers import AutoModelForCausalLM
-    config = GPTConfig(3, 4, 32, 24, 97, bias=bias, scale_attn_by_inverse_layer_idx=scaled, gelu=gelu)
+
+    config = GPTConfig(
+        3, 4, 32, 24, 97, bias=bias, scale_attn_by_inverse_layer_idx=scaled, gelu=gelu
+    )
     ours, generator = GPT(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in ours.parameters():
             p += 0.3 * torch.randn(p.shape, generator=generator)
     before = ref.state_bits(ours.state_dict())
     save_hf(tmp_path / "a b" / "folder", config, ours.state_dict())
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a b" / "folder", output_loading_info=True)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a b" / "folder", output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(ours), logits(theirs.eval()), rtol=0, atol=1e-4)
-    torch.testing.assert_close(logits(load_hf(tmp_path / "a b" / "folder")), logits(ours), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(load_hf(tmp_path / "a b" / "folder")), logits(ours), rtol=0, atol=1e-5
+    )
     assert ref.state_bits(ours.state_dict()) == before
     assert sorted(os.listdir(tmp_path / "a b" / "folder")) == ["config.json", "model.safetensors"]
 
 
 def as_hub_file(state):
     """The names of the Hub's openai-community/gpt2: no prefix, causal masks as buffers, no output layer."""
-    found = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    found = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in state.items()
+        if name != "lm_head.weight"
+    }
     return found | {f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 24, 24)) for i in range(3)}
 
 
@@ -1168,7 +1509,9 @@ def test_loads_other_layouts(layout, tmp_path):
         theirs.bfloat16().save_pretrained(tmp_path)
         theirs.float()
     else:
-        theirs.save_pretrained(tmp_path, **({"max_shard_size": "50KB"} if layout == "sharded" else {}))
+        theirs.save_pretrained(
+            tmp_path, **({"max_shard_size": "50KB"} if layout == "sharded" else {})
+        )
     if layout in ("hub", "bin"):
         (tmp_path / "model.safetensors").unlink()
         state = as_hub_file(theirs.state_dict())
@@ -1179,8 +1522,14 @@ def test_loads_other_layouts(layout, tmp_path):
     torch.testing.assert_close(logits(load_hf(tmp_path)), logits(theirs), rtol=0, atol=1e-4)
 
 
-UNUSUAL = [{"layer_norm_epsilon": 1e-2}, {"n_inner": 48}, {"scale_attn_weights": False}, {"tie_word_embeddings": False},
-           {"activation_function": "relu"}, {"activation_function": "gelu_pytorch_tanh"}]
+UNUSUAL = [
+    {"layer_norm_epsilon": 1e-2},
+    {"n_inner": 48},
+    {"scale_attn_weights": False},
+    {"tie_word_embeddings": False},
+    {"activation_function": "relu"},
+    {"activation_function": "gelu_pytorch_tanh"},
+]
 
 
 @pytest.mark.parametrize("changes", UNUSUAL, ids=str)
@@ -1222,14 +1571,18 @@ def net():
 @pytest.mark.parametrize("position", [0, 1, 11, 22])
 def test_future_tokens_do_not_matter(net, position):
     other = IDX.clone()
-    other[:, position + 1:] = (other[:, position + 1:] + 1) % 97
+    other[:, position + 1 :] = (other[:, position + 1 :] + 1) % 97
     here, there = logits(net), logits(net, other)
-    torch.testing.assert_close(there[:, :position + 1], here[:, :position + 1], rtol=0, atol=1e-5)
-    assert ((there - here)[:, position + 1:].abs().amax(-1) > 1e-2).all()
-    torch.testing.assert_close(logits(net, IDX[:, :position + 1]), here[:, :position + 1], rtol=0, atol=1e-5)  # nor the length
+    torch.testing.assert_close(there[:, : position + 1], here[:, : position + 1], rtol=0, atol=1e-5)
+    assert ((there - here)[:, position + 1 :].abs().amax(-1) > 1e-2).all()
+    torch.testing.assert_close(
+        logits(net, IDX[:, : position + 1]), here[:, : position + 1], rtol=0, atol=1e-5
+    )  # nor the length
     other = IDX.clone()
     other[:, position] = (other[:, position] + 1) % 97
-    assert ((logits(net, other) - here)[:, position:].abs().amax(-1) > 1e-4).all()  # but the past does, all of it
+    assert (
+        (logits(net, other) - here)[:, position:].abs().amax(-1) > 1e-4
+    ).all()  # but the past does, all of it
 
 
 def test_loss(net):
@@ -1240,22 +1593,37 @@ def test_loss(net):
     assert net(IDX)[1] is None and net(IDX, targets)[0] is None
 
 
-@pytest.mark.parametrize("spread", [1, 300])  # of the logits; 300: most probabilities are 0 in float32, the right one's among them
-@pytest.mark.parametrize("tokens", [40, 1024, 2500])  # less than one piece; one; three, the last one shorter
+@pytest.mark.parametrize(
+    "spread", [1, 300]
+)  # of the logits; 300: most probabilities are 0 in float32, the right one's among them
+@pytest.mark.parametrize(
+    "tokens", [40, 1024, 2500]
+)  # less than one piece; one; three, the last one shorter
 def test_the_loss_on_a_cpu_is_the_float64_one(tokens, spread):
     draw = torch.Generator().manual_seed(0)
-    x, head = (torch.randn(size, 16, generator=draw).mul_(scale).requires_grad_() for size, scale in ((tokens, 1), (100, spread / 4)))
+    x, head = (
+        torch.randn(size, 16, generator=draw).mul_(scale).requires_grad_()
+        for size, scale in ((tokens, 1), (100, spread / 4))
+    )
     targets = torch.randint(100, (tokens,), generator=draw)
     exact = F.cross_entropy(F.linear(x.double(), head.double()), targets)
     loss = LinearCrossEntropy.apply(x, head, targets)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
-    for found, right in zip(*(torch.autograd.grad(3 * one, (x, head)) for one in (loss, exact)), strict=True):
-        largest = right.abs().max().item()  # a logit's rounding grows with the logit, and is a relative error of its probability
+    for found, right in zip(
+        *(torch.autograd.grad(3 * one, (x, head)) for one in (loss, exact)), strict=True
+    ):
+        largest = (
+            right.abs().max().item()
+        )  # a logit's rounding grows with the logit, and is a relative error of its probability
         torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-7 * max(spread, 10) * largest)
 
 
 def test_the_loss_on_a_cpu_passes_on_what_is_no_number_and_may_be_gone_back_through_twice():
-    x, head, targets = torch.ones(3, 4, requires_grad=True), torch.eye(5, 4, requires_grad=True), torch.tensor([0, 1, 4])
+    x, head, targets = (
+        torch.ones(3, 4, requires_grad=True),
+        torch.eye(5, 4, requires_grad=True),
+        torch.tensor([0, 1, 4]),
+    )
     loss = LinearCrossEntropy.apply(x, head, targets)
     first, second = (torch.autograd.grad(loss, (x, head), retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -1267,7 +1635,9 @@ def test_the_loss_without_gradients_is_the_same(net):
     targets = torch.roll(IDX, -1, 1)
     with torch.no_grad():
         alone = net(IDX, targets)[1]
-    assert not alone.requires_grad and alone.item() == pytest.approx(net(IDX, targets)[1].item(), rel=1e-6)
+    assert not alone.requires_grad and alone.item() == pytest.approx(
+        net(IDX, targets)[1].item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("tokens", [40, 2500])  # less than one piece; three, the last one shorter
@@ -1294,11 +1664,17 @@ def test_initial_weights():
     config = GPTConfig(4, 4, 128, 64, 512, bias=True)
     for name, p in GPT(config, 3).named_parameters():
         if p.dim() == 1:
-            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
+            assert torch.equal(
+                p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)
+            ), name
             continue
         std = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
-        noise = 5 / math.sqrt(p.numel())  # five standard errors of the mean; of the standard deviation they are smaller
-        assert float(p.std()) == pytest.approx(std, rel=noise) and abs(float(p.mean())) < noise * std, name
+        noise = 5 / math.sqrt(
+            p.numel()
+        )  # five standard errors of the mean; of the standard deviation they are smaller
+        assert (
+            float(p.std()) == pytest.approx(std, rel=noise) and abs(float(p.mean())) < noise * std
+        ), name
         assert 3 * std < float(p.abs().max()) < 6.5 * std, name
 
 
@@ -1314,7 +1690,10 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 SIZES = {  # layers, heads, width, and the millions of parameters that these sizes of GPT-2 are known to have
-    "gpt2-small": (12, 12, 768, 124), "gpt2-medium": (24, 16, 1024, 355), "gpt2-large": (36, 20, 1280, 774)}
+    "gpt2-small": (12, 12, 768, 124),
+    "gpt2-medium": (24, 16, 1024, 355),
+    "gpt2-large": (36, 20, 1280, 774),
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -1322,32 +1701,53 @@ def test_parameter_counts_of_the_papers_sizes(name):
     n_layer, n_head, width, millions = SIZES[name]
     with torch.device("meta"):
         net = GPT(model.preset(name, 50_257))
-    total, vocabulary = sum(p.numel() for p in net.parameters()), 50_304  # 50,257 padded to a multiple of 64
-    assert total == 12 * n_layer * width**2 + (2 * n_layer + 1) * width + (vocabulary + 1024) * width
+    total, vocabulary = (
+        sum(p.numel() for p in net.parameters()),
+        50_304,
+    )  # 50,257 padded to a multiple of 64
+    assert (
+        total == 12 * n_layer * width**2 + (2 * n_layer + 1) * width + (vocabulary + 1024) * width
+    )
     assert total / 1e6 == pytest.approx(millions, abs=1.5)  # OpenAI's have biases
-    assert net.config == GPTConfig(n_layer, n_head, width, 1024, vocabulary, bias=False, scale_attn_by_inverse_layer_idx=True)
+    assert net.config == GPTConfig(
+        n_layer, n_head, width, 1024, vocabulary, bias=False, scale_attn_by_inverse_layer_idx=True
+    )
 
 
 # ---- scales and plans ---------------------------------------------------------------------------------------------------------------
 
 PAPER = {  # tokens per step, checkpoint interval, usual rate, high rate, final rate of the high one
-    "gpt2-small": (393_216, 200, 6e-4, 6e-3, 6e-4), "gpt2-medium": (147_456, 2000, 3e-4, 3e-3, 3e-4),
-    "gpt2-large": (49_152, 1000, 2e-4, 2e-3, 1e-5)}
+    "gpt2-small": (393_216, 200, 6e-4, 6e-3, 6e-4),
+    "gpt2-medium": (147_456, 2000, 3e-4, 3e-3, 3e-4),
+    "gpt2-large": (49_152, 1000, 2e-4, 2e-3, 1e-5),
+}
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_scales(name):
     tokens, interval, usual, high, final = PAPER[name]
     config = model.scale_config(model.scale_values(name))
-    assert (config.preset, config.corpus, config.lr, config.ckpt_interval) == (name, "openwebtext", usual, interval)
+    assert (config.preset, config.corpus, config.lr, config.ckpt_interval) == (
+        name,
+        "openwebtext",
+        usual,
+        interval,
+    )
     assert (config.max_iters, config.warmup_iters, config.schedule) == (70_000, 2000, "cosine")
-    assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (
+        0.9,
+        0.95,
+        0.1,
+        1.0,
+    )
     assert config.batch_size * config.accumulation * 1024 == config.tokens_per_step == tokens
     swept = model.scale_config(model.scale_values(name), lr=high)
     assert learning_rate(swept, 70_000) == pytest.approx(final, rel=1e-6)
     found = model.cost(config, 50_257)
     assert found["tokens"] == 70_000 * tokens
-    assert found["flops"] == pytest.approx(6 * found["parameters"] * found["tokens"], rel=0.35)  # attention comes on top
+    assert found["flops"] == pytest.approx(
+        6 * found["parameters"] * found["tokens"], rel=0.35
+    )  # attention comes on top
 
 
 @pytest.mark.parametrize("name", model.SCALES)
@@ -1355,18 +1755,26 @@ def test_every_scale_is_consistent(name, command):
     values = model.scale_values(name)
     config = model.scale_config(values)
     assert values["spacing"] % config.ckpt_interval == 0 and values["k"] >= 1
-    assert config.warmup_iters + (values["k"] - 1) * values["spacing"] < config.max_iters  # a full window past the warm-up
+    assert (
+        config.warmup_iters + (values["k"] - 1) * values["spacing"] < config.max_iters
+    )  # a full window past the warm-up
     status, out, err = command("plan", "--scale", name)
     assert (status, err) == (0, "")
-    assert all(word in out for word in ("parameters", "tokens", "FLOP", "time:", "disk:", "memory:"))
+    assert all(
+        word in out for word in ("parameters", "tokens", "FLOP", "time:", "disk:", "memory:")
+    )
 
 
 def test_plan_follows_the_flags(command):
-    first, second = (command("plan", "--scale", "gpt2-small", *more)[1] for more in ((), ("--max_iters", "35000")))
+    first, second = (
+        command("plan", "--scale", "gpt2-small", *more)[1]
+        for more in ((), ("--max_iters", "35000"))
+    )
     assert first != second
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------------------------
+
 
 def test_sample_is_deterministic_text(run, command):
     options = ((), (), ("--seed", 1), ("--scheme", "lawa(k=3, spacing=2)"))
@@ -1377,12 +1785,21 @@ def test_sample_is_deterministic_text(run, command):
     assert first == second and first.startswith("abc") and len(first) > 4
     assert len({first, other, averaged}) == 3
     assert model.sample(run, prompt="abc", tokens=30) == first.removesuffix("\n")
-    greedy = [model.sample(run, prompt="abc", tokens=10, temperature=0, seed=seed) for seed in (0, 1)]
+    greedy = [
+        model.sample(run, prompt="abc", tokens=10, temperature=0, seed=seed) for seed in (0, 1)
+    ]
     assert greedy[0] == greedy[1]
 
 
-@pytest.mark.parametrize("argv, words", [(("--prompt", ""), "prompt"), (("--scheme", "lawa(k=0)"), "k"), (("--at", "5"), "5"),
-                                         (("--tokens", "-1"), "tokens")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (("--prompt", ""), "prompt"),
+        (("--scheme", "lawa(k=0)"), "k"),
+        (("--at", "5"), "5"),
+        (("--tokens", "-1"), "tokens"),
+    ],
+)
 def test_sample_refuses(argv, words, run, command):
     status, out, err = command("sample", run, *argv)
     assert (status, out) == (2, "")
@@ -1390,6 +1807,7 @@ def test_sample_refuses(argv, words, run, command):
 
 
 # ---- many runs ----------------------------------------------------------------------------------------------------------------------
+
 
 def test_train_all(config, tmp_path, monkeypatch, capsys):
     """In order, each run once, what is finished left alone; one that fails is named when the others are done."""
@@ -1400,7 +1818,9 @@ def test_train_all(config, tmp_path, monkeypatch, capsys):
     bad = changed(config, lr=1e30, warmup_iters=0)
     with pytest.raises(LawaError) as caught:
         many_runs.train_all([bad, *seeds, seeds[1]], jobs=2)
-    assert run_dir(bad).name in str(caught.value) and run_dir(seeds[1]).name not in str(caught.value)
+    assert run_dir(bad).name in str(caught.value) and run_dir(seeds[1]).name not in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value) and "loss" in str(caught.value)
     assert digest(done) == before
     assert column(run_dir(seeds[1]), "step") == list(range(1, 13))
@@ -1412,55 +1832,106 @@ def test_train_all(config, tmp_path, monkeypatch, capsys):
 def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, monkeypatch):
     """Runs that share a process, also after one that failed in it, share nothing else."""
     monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
-    runs = [changed(config, lr=1e30, warmup_iters=0), changed(config, seed=1), changed(config, preset="nano", averages="ema(0.9)")]
+    runs = [
+        changed(config, lr=1e30, warmup_iters=0),
+        changed(config, seed=1),
+        changed(config, preset="nano", averages="ema(0.9)"),
+    ]
     with pytest.raises(LawaError):
         many_runs.train_all(runs, jobs=1)
     for number, one in enumerate(runs[1:]):
         assert_same_run(run_dir(one), train(one, tmp_path / str(number), threads=os.cpu_count()))
 
 
-@pytest.mark.parametrize("line, words", [('["--lr", "-1"]', "lr"), ('["--preset", "giant"]', "preset"), ("nonsense", "JSON"),
-                                         ('["--out_dir", "/proc/none"]', "/proc/none")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('["--lr", "-1"]', "lr"),
+        ('["--preset", "giant"]', "preset"),
+        ("nonsense", "JSON"),
+        ('["--out_dir", "/proc/none"]', "/proc/none"),
+    ],
+)
 def test_a_worker_answers_every_line(line, words, config, tmp_path):
     """What went wrong in one line, and the next run is trained, whatever its options hold."""
     several = changed(config, averages="ema(0.9);\n  swa(4)")
     good = json.dumps([*model.flags(several), "--out_dir", str(tmp_path / "a run")])
-    done = subprocess.run([sys.executable, model.__file__, "work"], input=f"{line}\n{good}\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, model.__file__, "work"],
+        input=f"{line}\n{good}\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     said = [json.loads(answer) for answer in done.stdout.splitlines()]
     assert done.returncode == 0 and len(said) == 2 and words in said[0] and said[1] == ""
     assert (tmp_path / "a run" / "summary.json").exists()
 
 
-LATER = ({"hold_frac": 0.75}, {"schedule": "constant"}, {"schedule": "wsd", "cooldown_frac": 0.25}, {"burst_at": 9, "burst_iters": 2,
-         "burst_factor": 3.0}, {"max_iters": 16, "schedule": "constant"}, {"averages": "ema(0.9)", "hold_frac": 0.5})
+LATER = (
+    {"hold_frac": 0.75},
+    {"schedule": "constant"},
+    {"schedule": "wsd", "cooldown_frac": 0.25},
+    {"burst_at": 9, "burst_iters": 2, "burst_factor": 3.0},
+    {"max_iters": 16, "schedule": "constant"},
+    {"averages": "ema(0.9)", "hold_frac": 0.5},
+)
 
 
 def test_shared_steps_are_those_of_equal_rates(config):
     """As many steps as the two runs have the same rate for, and none if anything else differs."""
-    for late, other in itertools.permutations([changed(config, **fields) for fields in ({}, *LATER)], 2):
+    for late, other in itertools.permutations(
+        [changed(config, **fields) for fields in ({}, *LATER)], 2
+    ):
         naive = 0
-        while naive < min(late.max_iters, other.max_iters) and learning_rate(late, naive) == learning_rate(other, naive):
+        while naive < min(late.max_iters, other.max_iters) and learning_rate(
+            late, naive
+        ) == learning_rate(other, naive):
             naive += 1
-        assert many_runs.shared_steps(late, other) == (naive if set(other.online) <= set(late.online) else 0)
-    for fields in ({"seed": 9}, {"beta2": 0.9}, {"ckpt_interval": 4}, {"batch_size": 1}, {"corpus": "other"}):
+        assert many_runs.shared_steps(late, other) == (
+            naive if set(other.online) <= set(late.online) else 0
+        )
+    for fields in (
+        {"seed": 9},
+        {"beta2": 0.9},
+        {"ckpt_interval": 4},
+        {"batch_size": 1},
+        {"corpus": "other"},
+    ):
         assert many_runs.shared_steps(config, changed(config, **fields)) == 0
 
 
 @pytest.mark.parametrize("jobs, links", [(1, True), (3, True), (1, False)])
-def test_what_runs_share_is_trained_once_to_the_same_bits(jobs, links, config, tmp_path, monkeypatch):
+def test_what_runs_share_is_trained_once_to_the_same_bits(
+    jobs, links, config, tmp_path, monkeypatch
+):
     """Runs that begin as another one are, files and all, what they are when trained alone, and the other one is left as it is alone."""
     if not links:
-        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+        monkeypatch.setattr(
+            os,
+            "link",
+            lambda *names: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")),
+        )
     monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
     trunk = changed(config, averages="ema(0.9); lawa(2, 1)", schedule="constant")
-    runs = [trunk, changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
-            changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25), changed(trunk, max_iters=16)]
+    runs = [
+        trunk,
+        changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
+        changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25),
+        changed(trunk, max_iters=16),
+    ]
     seen = []
-    monkeypatch.setattr(many_runs, "begin_with", lambda *args, begin=many_runs.begin_with: (seen.append(args[1]), begin(*args)))
+    monkeypatch.setattr(
+        many_runs,
+        "begin_with",
+        lambda *args, begin=many_runs.begin_with: (seen.append(args[1]), begin(*args)),
+    )
     folders = many_runs.train_all(runs, jobs=jobs)
     assert sorted(seen) == [9, 10, 12]
     for number, (one, folder) in enumerate(zip(runs, folders, strict=True)):
-        assert_same_run(folder, train(one, tmp_path / str(number), threads=max(os.cpu_count() // jobs, 1)))
+        assert_same_run(
+            folder, train(one, tmp_path / str(number), threads=max(os.cpu_count() // jobs, 1))
+        )
 
 
 def test_a_trunk_that_fails_leaves_its_branch_to_start_by_itself(config, tmp_path, monkeypatch):
@@ -1493,7 +1964,14 @@ print(json.dumps([model.__file__, seen, torch.cuda.is_initialized(), sorted(heav
 
 def test_import_from_anywhere_does_no_work(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.stderr, done.returncode) == ("", 0)
     assert json.loads(done.stdout) == [str(ROOT / "model.py"), [], False, []]
     assert os.listdir(tmp_path) == []
@@ -1506,8 +1984,17 @@ def compiling(request, config, tmp_path_factory):
         yield None
         return
     folder = tmp_path_factory.mktemp("compiled")
-    argv = [sys.executable, str(ROOT / "model.py"), "train", "--compile", *map(str, flags(config, folder / "run"))]
-    with open(folder / "log", "w") as log, subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder) as process:
+    argv = [
+        sys.executable,
+        str(ROOT / "model.py"),
+        "train",
+        "--compile",
+        *map(str, flags(config, folder / "run")),
+    ]
+    with (
+        open(folder / "log", "w") as log,
+        subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder) as process,
+    ):
         yield process, folder
         process.kill()
 
@@ -1519,7 +2006,9 @@ def test_compile_where_torch_cannot(config, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile does not quote the folder it lies in")
+@pytest.mark.skipif(
+    " " in torch.__file__, reason="torch.compile does not quote the folder it lies in"
+)
 def test_torch_compile(compiling, config, run):
     process, folder = compiling
     assert process.wait(timeout=300) == 0, (folder / "log").read_text()

@@ -17,7 +17,9 @@ import model
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MACHINE = re.compile(r"(?<![\w.])/(home|root|Users|tmp|work|mnt|private|var|opt|usr/local|content|scratch)/|\b[A-Z]:\\\\?\w|site-packages")
+MACHINE = re.compile(
+    r"(?<![\w.])/(home|root|Users|tmp|work|mnt|private|var|opt|usr/local|content|scratch)/|\b[A-Z]:\\\\?\w|site-packages"
+)
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -46,7 +48,11 @@ def setup(path):
 def texts(output):
     """Everything readable in an output; PNG pictures are left out."""
     yield "".join(output.get("text", ""))
-    yield from (data if isinstance(data, str) else "".join(data) for kind, data in output.get("data", {}).items() if kind != "image/png")
+    yield from (
+        data if isinstance(data, str) else "".join(data)
+        for kind, data in output.get("data", {}).items()
+        if kind != "image/png"
+    )
     yield from output.get("traceback", [])
 
 
@@ -55,6 +61,7 @@ def test_there_are_notebooks():
 
 
 # ---- as committed -------------------------------------------------------------------------------------------------------------------
+
 
 @each
 def test_opens_with_a_title_the_question_and_the_paper(path):
@@ -72,7 +79,10 @@ def test_one_parameters_cell_of_annotated_literals_with_comments(path):
     lines = [number for number, line in enumerate(source.splitlines(), 1) if line.strip()]
     assert [number for number in lines if len(comments.get(number, "").strip("# ")) < 5] == []
     statements = ast.parse(source).body
-    assert statements and [ast.unparse(s) for s in statements if not isinstance(s, ast.AnnAssign)] == []
+    assert (
+        statements
+        and [ast.unparse(s) for s in statements if not isinstance(s, ast.AnnAssign)] == []
+    )
     values = {s.target.id: ast.literal_eval(s.value) for s in statements}
     assert values["scale"] == "smoke"  # the committed default: a minute and a half on two cores
     assert values["out"] is None
@@ -93,7 +103,9 @@ def test_freshly_run_from_top_to_bottom(path):
 @each
 def test_what_is_printed_and_drawn_has_an_output(path):
     silent = [source for source, cell in cells(path, "code") if not cell["outputs"]]
-    assert [source for source in silent if re.search(r"^(print|plt\.show)\(", source, re.MULTILINE)] == []
+    assert [
+        source for source in silent if re.search(r"^(print|plt\.show)\(", source, re.MULTILINE)
+    ] == []
 
 
 @each
@@ -105,7 +117,11 @@ def test_kernel(path):
 
 @each
 def test_no_path_of_a_machine(path):
-    shown = [text for source, cell in cells(path) for text in (source, *(t for output in cell.get("outputs", []) for t in texts(output)))]
+    shown = [
+        text
+        for source, cell in cells(path)
+        for text in (source, *(t for output in cell.get("outputs", []) for t in texts(output)))
+    ]
     assert [line for text in shown for line in text.splitlines() if MACHINE.search(line)] == []
 
 
@@ -118,7 +134,11 @@ def test_size(path):
 def test_ends_with_a_record_that_nbval_compares(path):
     """At least one cell's output is compared, and the last code cell records rows and verdicts."""
     code = cells(path, "code")
-    marked = [cell for source, cell in code if "nbval-check-output" in tags(cell) or "NBVAL_CHECK_OUTPUT" in source]
+    marked = [
+        cell
+        for source, cell in code
+        if "nbval-check-output" in tags(cell) or "NBVAL_CHECK_OUTPUT" in source
+    ]
     assert marked and all(cell["outputs"] for cell in marked)
     assert "record(" in code[-1][0]
 
@@ -129,7 +149,11 @@ def test_prose_calls_and_figures_only(path):
     source = "\n".join(source for source, _ in cells(path, "code"))
     assert re.findall(r"\.backward\(|optim\.|optimizer\.step|^\s*[!%]", source, re.MULTILINE) == []
     assert len(cells(path, "markdown")) >= len(cells(path, "code")) / 2
-    assert re.search(r"^#+ .*limit", "\n".join(source for source, _ in cells(path, "markdown")), re.IGNORECASE | re.MULTILINE)
+    assert re.search(
+        r"^#+ .*limit",
+        "\n".join(source for source, _ in cells(path, "markdown")),
+        re.IGNORECASE | re.MULTILINE,
+    )
 
 
 def test_no_helper_is_copied():
@@ -139,11 +163,14 @@ def test_no_helper_is_copied():
         for source, _ in cells(path, "code"):
             for node in ast.walk(ast.parse(source)):
                 if isinstance(node, ast.FunctionDef):
-                    seen["\n".join(ast.unparse(statement) for statement in node.body)].add(path.stem)
+                    seen["\n".join(ast.unparse(statement) for statement in node.body)].add(
+                        path.stem
+                    )
     assert {body: names for body, names in seen.items() if len(names) > 1} == {}
 
 
 # ---- parameters and set-up in a kernel ----------------------------------------------------------------------------------------------
+
 
 class Kernel:
     """One kernel for all cases: importing torch and matplotlib takes seconds."""
@@ -155,7 +182,9 @@ class Kernel:
         """The error (name, message) of the first source that raises one, in an empty namespace, else None."""
         for source in ("%reset -f", *sources):
             messages = []
-            reply = self.client.execute_interactive(source, store_history=False, timeout=120, output_hook=messages.append)["content"]
+            reply = self.client.execute_interactive(
+                source, store_history=False, timeout=120, output_hook=messages.append
+            )["content"]
             if reply["status"] == "error":
                 return reply["ename"], reply["evalue"]
         return None
@@ -165,7 +194,9 @@ class Kernel:
 def kernel(tmp_path_factory):
     """As Jupyter and papermill start it, in a folder that is not the project's."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    manager, client = start_new_kernel(kernel_name="python3", env=environment, cwd=str(tmp_path_factory.mktemp("elsewhere")))
+    manager, client = start_new_kernel(
+        kernel_name="python3", env=environment, cwd=str(tmp_path_factory.mktemp("elsewhere"))
+    )
     yield Kernel(client)
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -178,16 +209,32 @@ def corpus(tmp_path_factory):
     folder.mkdir()
     sizes = {"train": 50_000, "val": 20_000}
     for side, length in sizes.items():
-        np.random.default_rng(0).integers(0, 257, length).astype("<u2").tofile(folder / f"{side}.bin")
-    meta = {"name": "tiny", "vocab_size": 257, "eot_token": 256, "tokenizer": "gpt2", "manifest_sha256": "0", "seed": 0}
-    meta |= {f"{side}_{unit}": length for side, length in sizes.items() for unit in ("tokens", "bytes")}
+        np.random.default_rng(0).integers(0, 257, length).astype("<u2").tofile(
+            folder / f"{side}.bin"
+        )
+    meta = {
+        "name": "tiny",
+        "vocab_size": 257,
+        "eot_token": 256,
+        "tokenizer": "gpt2",
+        "manifest_sha256": "0",
+        "seed": 0,
+    }
+    meta |= {
+        f"{side}_{unit}": length for side, length in sizes.items() for unit in ("tokens", "bytes")
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
 def folders():
     """What lies under runs/ and results/: nothing may be added."""
-    return sorted(str(path) for top in (model.RUNS, ROOT / "results") if top.exists() for path in top.iterdir())
+    return sorted(
+        str(path)
+        for top in (model.RUNS, ROOT / "results")
+        if top.exists()
+        for path in top.iterdir()
+    )
 
 
 def has(path, name):
@@ -239,5 +286,12 @@ def test_bad_parameters(path, case, kernel, corpus, tmp_path):
 def test_committed_parameters_are_accepted(path, kernel, corpus, tmp_path):
     """The set-up of every notebook passes with its own parameters, from any folder; it trains and writes nothing yet."""
     before, good = folders(), {"corpus": str(corpus), "out": str(tmp_path / "out")}
-    assert kernel.run(parameters(path), injected({name: value for name, value in good.items() if has(path, name)}), setup(path)) is None
+    assert (
+        kernel.run(
+            parameters(path),
+            injected({name: value for name, value in good.items() if has(path, name)}),
+            setup(path),
+        )
+        is None
+    )
     assert not (tmp_path / "out").exists() and folders() == before

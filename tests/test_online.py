@@ -14,7 +14,18 @@ import torch
 from torch import nn
 
 import lawa_core
-from lawa_core import EMA, LAWA, SWA, LawaError, average, ema, lawa, open_checkpoint, open_trajectory, swa
+from lawa_core import (
+    EMA,
+    LAWA,
+    SWA,
+    LawaError,
+    average,
+    ema,
+    lawa,
+    open_checkpoint,
+    open_trajectory,
+    swa,
+)
 
 
 class Net(nn.Module):
@@ -64,9 +75,21 @@ def want_average(states, weights):
 
 
 BUILDERS = {
-    "lawa": (lambda m: LAWA(m, k=3, spacing=4), lambda steps, at: ref.lawa_weights(steps, at, 3), 4),
-    "swa": (lambda m: SWA(m, start=4, every=4), lambda steps, at: ref.swa_weights(steps, at, 4, 4), 4),
-    "ema": (lambda m: EMA(m, [0.6], every=2, start=2), lambda steps, at: ref.ema_weights(steps, at, 0.6), 2),
+    "lawa": (
+        lambda m: LAWA(m, k=3, spacing=4),
+        lambda steps, at: ref.lawa_weights(steps, at, 3),
+        4,
+    ),
+    "swa": (
+        lambda m: SWA(m, start=4, every=4),
+        lambda steps, at: ref.swa_weights(steps, at, 4, 4),
+        4,
+    ),
+    "ema": (
+        lambda m: EMA(m, [0.6], every=2, start=2),
+        lambda steps, at: ref.ema_weights(steps, at, 0.6),
+        2,
+    ),
 }
 
 
@@ -74,13 +97,17 @@ def assert_near(kind, got, want):
     """1 unit in the last place; an EMA is rounded to float32 at every update, so a few units of its largest value."""
     if kind != "ema":
         return ref.assert_close(got, want)
-    assert abs(ref.wide(got) - want).max() <= 4 * max(torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps) * abs(want).max()
+    assert (
+        abs(ref.wide(got) - want).max()
+        <= 4 * max(torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps) * abs(want).max()
+    )
 
 
 kinds = pytest.mark.parametrize("kind", list(BUILDERS))
 
 
 # ------------------------------------------------------------------ the averages
+
 
 @kinds
 def test_every_fill_of_the_window(kind):
@@ -125,7 +152,9 @@ def test_online_equals_offline(kind, tmp_path):
     online = build(net)
     states = follow(online, net, 24)
     grid = [s for s in states if s % every == 0]
-    ref.write_run(tmp_path, grid, lambda s: {n: t for n, t in states[s].items() if n != "head.weight"})
+    ref.write_run(
+        tmp_path, grid, lambda s: {n: t for n, t in states[s].items() if n != "head.weight"}
+    )
     scheme = {"lawa": lawa(3, spacing=4), "swa": swa(4, 4), "ema": ema(0.6, every=2, start=2)}[kind]
     offline, now = average(tmp_path, scheme), online.average()
     want = want_average(states, weights(grid, grid[-1]))
@@ -135,7 +164,9 @@ def test_online_equals_offline(kind, tmp_path):
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 def test_every_type(kind, dtype):
     net = Net(dtype)
     online = BUILDERS[kind][0](net)
@@ -243,11 +274,15 @@ def test_frozen_parameters_do_not_change_by_a_bit():
         assert ref.bits(online.average()["frozen"]) == before
 
 
-@pytest.mark.parametrize(("make", "first", "second"), [
-    (lambda m: LAWA(m, k=2, spacing=2, start=6), 6, 8),
-    (lambda m: SWA(m, start=6, every=2), 6, 8),
-    (lambda m: EMA(m, 0.5, every=2, start=6), 6, 8),
-], ids=["lawa", "swa", "ema"])
+@pytest.mark.parametrize(
+    ("make", "first", "second"),
+    [
+        (lambda m: LAWA(m, k=2, spacing=2, start=6), 6, 8),
+        (lambda m: SWA(m, start=6, every=2), 6, 8),
+        (lambda m: EMA(m, 0.5, every=2, start=6), 6, 8),
+    ],
+    ids=["lawa", "swa", "ema"],
+)
 def test_nothing_before_start(make, first, second):
     """What the model was before `start` has no share."""
     net = Net()
@@ -257,15 +292,25 @@ def test_nothing_before_start(make, first, second):
         online.update(step)
         states[step] = state
         if step in (first, first + 1):
-            ref.assert_close(online.average()["wte.weight"].float(), ref.wide(states[first]["wte.weight"]))
+            ref.assert_close(
+                online.average()["wte.weight"].float(), ref.wide(states[first]["wte.weight"])
+            )
     want = want_average(states, {first: Fraction(1, 2), second: Fraction(1, 2)})
     ref.assert_close(online.average()["wte.weight"].float(), want["wte.weight"])
 
 
-@pytest.mark.parametrize("make", [
-    lambda m: LAWA(m, k=0, spacing=1), lambda m: LAWA(m, k=2, spacing=0), lambda m: EMA(m, 1.5), lambda m: EMA(m, []),
-    lambda m: EMA(m, [0.5, math.nan]), lambda m: SWA(m, every=0),
-], ids=["k", "spacing", "beta", "no beta", "one bad beta", "every"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: LAWA(m, k=0, spacing=1),
+        lambda m: LAWA(m, k=2, spacing=0),
+        lambda m: EMA(m, 1.5),
+        lambda m: EMA(m, []),
+        lambda m: EMA(m, [0.5, math.nan]),
+        lambda m: SWA(m, every=0),
+    ],
+    ids=["k", "spacing", "beta", "no beta", "one bad beta", "every"],
+)
 def test_bad_settings_are_refused(make):
     with pytest.raises(LawaError):
         make(Net())
@@ -273,12 +318,16 @@ def test_bad_settings_are_refused(make):
 
 # ------------------------------------------------------------------ swapping
 
+
 @kinds
 def test_swapped_in_and_exactly_back(kind):
     net = Net()
     online = BUILDERS[kind][0](net)
     follow(online, net, 13)
-    before, objects = ref.state_bits(net.state_dict()), {n: (id(p), p.data_ptr()) for n, p in net.named_parameters()}
+    before, objects = (
+        ref.state_bits(net.state_dict()),
+        {n: (id(p), p.data_ptr()) for n, p in net.named_parameters()},
+    )
     idx = torch.tensor([[1, 2, 3]])
     plain = net(idx).detach().clone()
     mean = online.average()
@@ -287,10 +336,14 @@ def test_swapped_in_and_exactly_back(kind):
         assert inside["wte.weight"] == ref.bits(mean["wte.weight"].float())
         assert inside["wte.weight"] == inside["head.weight"] != before["wte.weight"]
         assert net.head.weight is net.wte.weight
-        want = (mean["wte.weight"].float()[idx] @ mean["wte.weight"].float().T) * mean["scale"].float()
+        want = (mean["wte.weight"].float()[idx] @ mean["wte.weight"].float().T) * mean[
+            "scale"
+        ].float()
         assert torch.allclose(net(idx), want, atol=1e-6)
     assert ref.state_bits(net.state_dict()) == before
-    assert {n: (id(p), p.data_ptr()) for n, p in net.named_parameters()} == objects       # the optimizer's references still hold
+    assert {
+        n: (id(p), p.data_ptr()) for n, p in net.named_parameters()
+    } == objects  # the optimizer's references still hold
     assert ref.bits(net(idx)) == ref.bits(plain)
 
 
@@ -328,6 +381,7 @@ def test_what_happens_inside_does_not_change_the_average(kind):
 
 def test_training_after_a_swap_is_as_if_it_had_not_been():
     """AdamW on a real loss, with and without an evaluation under the average at every third step."""
+
     def train(swap):
         net = Net()
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
@@ -344,6 +398,7 @@ def test_training_after_a_swap_is_as_if_it_had_not_been():
                 with online.swapped(), torch.no_grad():
                     net(idx)
         return ref.state_bits(net.state_dict()), ref.state_bits(online.average())
+
     assert train(True) == train(False)
 
 
@@ -364,6 +419,7 @@ def test_asked_before_the_first_update(kind):
 
 # ------------------------------------------------------------------ stop and resume
 
+
 @kinds
 @pytest.mark.parametrize("cut", [1, 3, 6, 12, 17])
 def test_resume_equals_an_uninterrupted_run(kind, cut, tmp_path):
@@ -377,7 +433,9 @@ def test_resume_equals_an_uninterrupted_run(kind, cut, tmp_path):
     for step, _ in walk(first, 24):
         before.update(step)
         if step == cut:
-            torch.save({"online": before.state_dict(), "model": first.state_dict()}, tmp_path / "resume.pt")
+            torch.save(
+                {"online": before.state_dict(), "model": first.state_dict()}, tmp_path / "resume.pt"
+            )
             state = torch.load(tmp_path / "resume.pt", weights_only=True)
             resumed = Net(seed=99)
             resumed.load_state_dict(state["model"])
@@ -388,7 +446,11 @@ def test_resume_equals_an_uninterrupted_run(kind, cut, tmp_path):
         if step > cut:
             resumed.load_state_dict(state)
             after.update(step)
-    assert ref.state_bits(resumed.state_dict()) == ref.state_bits(whole.state_dict()) == ref.state_bits(whole_again.state_dict())
+    assert (
+        ref.state_bits(resumed.state_dict())
+        == ref.state_bits(whole.state_dict())
+        == ref.state_bits(whole_again.state_dict())
+    )
     assert ref.state_bits(after.average()) == ref.state_bits(online.average())
 
 
@@ -448,6 +510,7 @@ def test_state_of_another_kind_or_model_is_refused():
 
 # ------------------------------------------------------------------ the window on disk
 
+
 def listing(folder):
     return sorted(p.name for p in folder.iterdir())
 
@@ -455,20 +518,32 @@ def listing(folder):
 def test_window_on_disk_holds_k_files_and_deletes_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     torch.save({"w": torch.ones(1)}, tmp_path / "ckpt_best.pt")
-    ref.write_safetensors(tmp_path / "ckpt_3.safetensors", {"w": torch.ones(1)})        # somebody else's, older than the window
+    ref.write_safetensors(
+        tmp_path / "ckpt_3.safetensors", {"w": torch.ones(1)}
+    )  # somebody else's, older than the window
     foreign = ref.digest(tmp_path)
     net = Net()
     online = LAWA(net, k=3, spacing=4, folder=tmp_path)
     for step, _ in walk(net, 24):
         online.update(step)
         held = list(range(4, step + 1, 4))[-3:]
-        assert listing(tmp_path) == sorted(["notes.txt", "ckpt_best.pt", "ckpt_3.safetensors", *(f"ckpt_{s}.safetensors" for s in held)])
+        assert listing(tmp_path) == sorted(
+            [
+                "notes.txt",
+                "ckpt_best.pt",
+                "ckpt_3.safetensors",
+                *(f"ckpt_{s}.safetensors" for s in held),
+            ]
+        )
     assert {k: v for k, v in ref.digest(tmp_path).items() if k in foreign} == foreign
 
 
 def test_window_on_disk_equals_the_window_in_memory(tmp_path):
     net = Net()
-    here, there = LAWA(net, k=3, spacing=4), LAWA(net, k=3, spacing=4, folder=tmp_path / "new" / "window")
+    here, there = (
+        LAWA(net, k=3, spacing=4),
+        LAWA(net, k=3, spacing=4, folder=tmp_path / "new" / "window"),
+    )
     states = {}
     for step, state in walk(net, 22):
         here.update(step)
@@ -503,7 +578,12 @@ def test_window_on_disk_resumes(cut, tmp_path):
         if step > cut:
             after.update(step)
     assert ref.state_bits(after.average()) == ref.state_bits(online.average())
-    assert listing(tmp_path / "w") == ["ckpt_16.safetensors", "ckpt_2.safetensors", "ckpt_20.safetensors", "ckpt_24.safetensors"]
+    assert listing(tmp_path / "w") == [
+        "ckpt_16.safetensors",
+        "ckpt_2.safetensors",
+        "ckpt_20.safetensors",
+        "ckpt_24.safetensors",
+    ]
 
 
 def test_window_on_disk_resumes_in_another_place(tmp_path):
@@ -531,13 +611,13 @@ def test_window_on_disk_resumes_from_before_its_newest_file(tmp_path):
     for step, _ in walk(net, 9):
         before.update(step)
         if step == 7:
-            state = copy.deepcopy(before.state_dict())                # the snapshot of step 8 comes after it
+            state = copy.deepcopy(before.state_dict())  # the snapshot of step 8 comes after it
     assert listing(tmp_path) == ["ckpt_6.safetensors", "ckpt_8.safetensors"]
     again = Net()
     after = LAWA(again, k=2, spacing=2, folder=tmp_path)
     try:
         after.load_state_dict(state)
-    except LawaError as error:                                        # ckpt_4 is gone: said clearly, or not needed
+    except LawaError as error:  # ckpt_4 is gone: said clearly, or not needed
         assert "4" in str(error)
         return
     for step, _ in walk(again, 12):
@@ -558,7 +638,9 @@ def test_window_on_disk_with_a_file_gone(tmp_path):
 
 def test_window_on_disk_does_not_fill_memory(tmp_path):
     """12 snapshots of 8 MB: the window alone would take 96."""
-    code = ref.WATCH + f"""
+    code = (
+        ref.WATCH
+        + f"""
 import torch, lawa_core
 model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(8)))
 online = lawa_core.LAWA(model, k=12, spacing=1, folder={str(tmp_path)!r})
@@ -570,7 +652,13 @@ def work():
     return online.average()["3.weight"].unique().tolist()
 print(*measured(work))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(lawa_core.__file__).parent)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(lawa_core.__file__).parent,
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     peak, mean = done.stdout.split(maxsplit=1)
     assert float(peak) < 50 and mean.strip() == "[14.5]"
@@ -587,10 +675,12 @@ def test_snapshots_on_disk_are_whole_checkpoints(tmp_path):
 
 # ------------------------------------------------------------------ wrapped models
 
+
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     """One process is a group of its own."""
     import torch.distributed as dist
+
     store = tmp_path_factory.mktemp("gloo") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
@@ -600,8 +690,12 @@ def group(tmp_path_factory):
 WRAPPERS = {
     "ddp": lambda m: nn.parallel.DistributedDataParallel(m),
     "compile": lambda m: torch.compile(m, backend="eager"),
-    "compiled ddp": lambda m: torch.compile(nn.parallel.DistributedDataParallel(m), backend="eager"),
-    "ddp of compiled": lambda m: nn.parallel.DistributedDataParallel(torch.compile(m, backend="eager")),
+    "compiled ddp": lambda m: torch.compile(
+        nn.parallel.DistributedDataParallel(m), backend="eager"
+    ),
+    "ddp of compiled": lambda m: nn.parallel.DistributedDataParallel(
+        torch.compile(m, backend="eager")
+    ),
     "data parallel": lambda m: nn.DataParallel(m),
 }
 

@@ -37,7 +37,13 @@ def write(results, name="lr_sweep", files=("gain.png", "rows.csv"), **changes):
     folder.mkdir(parents=True)
     for file in (*files, f"{name}.ipynb"):
         (folder / file).write_bytes(b"x")
-    verdict = {"claim": "High rates gain more", "paper": "0.12", "paper_source": "[P] plot", "ours": "0.14", "n": 3}
+    verdict = {
+        "claim": "High rates gain more",
+        "paper": "0.12",
+        "paper_source": "[P] plot",
+        "ours": "0.14",
+        "n": 3,
+    }
     record = {
         "notebook": name,
         "title": "Learning rates",
@@ -65,7 +71,15 @@ def assert_links_resolve(page, results):
 def test_shows_what_was_recorded(tmp_path):
     write(tmp_path)
     page = Page(pages.build(tmp_path))
-    for words in ("Learning rates", "Do high rates gain more?", "0.12", "[P] plot", "0.14", "3 of 3 seeds", "laptop"):
+    for words in (
+        "Learning rates",
+        "Do high rates gain more?",
+        "0.12",
+        "[P] plot",
+        "0.14",
+        "3 of 3 seeds",
+        "laptop",
+    ):
         assert words in page.text
     assert "papermill notebooks/lr_sweep.ipynb out.ipynb" in page.text
     assert "1 min 15 s" in page.text
@@ -74,15 +88,28 @@ def test_shows_what_was_recorded(tmp_path):
 
 def test_every_link_resolves(tmp_path):
     write(tmp_path)
-    write(tmp_path, "odd name #1 & ü", figures=[{"file": "a b#?.png", "title": "t"}], files=["a b#?.png", "rows.csv"])
+    write(
+        tmp_path,
+        "odd name #1 & ü",
+        figures=[{"file": "a b#?.png", "title": "t"}],
+        files=["a b#?.png", "rows.csv"],
+    )
     page = Page(pages.build(tmp_path))
-    assert len([link for link in page.links if not link.startswith("#")]) == 6  # two figures, two notebooks, two CSVs
+    assert (
+        len([link for link in page.links if not link.startswith("#")]) == 6
+    )  # two figures, two notebooks, two CSVs
     assert_links_resolve(page, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("holds", "words"),
-    [(True, "✓ holds"), (False, "✗ does not hold"), (None, "? undecided"), ("false", "? undecided"), ([], "? undecided")],
+    [
+        (True, "✓ holds"),
+        (False, "✗ does not hold"),
+        (None, "? undecided"),
+        ("false", "? undecided"),
+        ([], "? undecided"),
+    ],
 )
 def test_verdict_words(tmp_path, holds, words):
     write(tmp_path, verdicts=[{"claim": "c", "holds": holds}])
@@ -94,19 +121,30 @@ def test_verdict_words(tmp_path, holds, words):
 
 
 def test_a_verdict_stands_under_its_figure(tmp_path):
-    verdicts = [{"claim": "about the figure", "figure": "gain.png"}, {"claim": "about nothing drawn"}]
+    verdicts = [
+        {"claim": "about the figure", "figure": "gain.png"},
+        {"claim": "about nothing drawn"},
+    ]
     write(tmp_path, verdicts=verdicts)
     html = pages.build(tmp_path).read_text(encoding="utf-8")
     caption = html[html.index("<figcaption>") : html.index("</figcaption>")]
     assert "about the figure" in caption and "about nothing drawn" not in caption
-    assert html.count("about the figure") == html.count("about nothing drawn") == 2  # and both in the table
+    assert (
+        html.count("about the figure") == html.count("about nothing drawn") == 2
+    )  # and both in the table
 
 
 def test_hostile_strings_are_only_text(tmp_path):
-    verdict = dict.fromkeys(("claim", "paper", "paper_source", "ours", "evidence", "n", "holds"), HOSTILE)
+    verdict = dict.fromkeys(
+        ("claim", "paper", "paper_source", "ours", "evidence", "n", "holds"), HOSTILE
+    )
     figure = {"file": HOSTILE, "title": HOSTILE, "caption": HOSTILE}
-    strings = dict.fromkeys(("title", "question", "scale", "command", "finished", "machine", "rows", "seconds"), HOSTILE)
-    folder = write(tmp_path, **strings, params={HOSTILE: HOSTILE}, figures=[figure], verdicts=[verdict])
+    strings = dict.fromkeys(
+        ("title", "question", "scale", "command", "finished", "machine", "rows", "seconds"), HOSTILE
+    )
+    folder = write(
+        tmp_path, **strings, params={HOSTILE: HOSTILE}, figures=[figure], verdicts=[verdict]
+    )
     error = {"output_type": "error", "ename": HOSTILE, "evalue": HOSTILE}
     (folder / "lr_sweep.ipynb").unlink()
     (folder / "lr_sweep.failed.ipynb").write_text(json.dumps({"cells": [{"outputs": [error]}]}))
@@ -132,10 +170,14 @@ def test_missing_files_are_said_not_linked(tmp_path):
     assert_links_resolve(page, tmp_path)
 
 
-@pytest.mark.parametrize("broken", ["", "{oops", "[]", '{"verdicts": 3}', '{"figures": ["gain.png"]}', "\udcff"])
+@pytest.mark.parametrize(
+    "broken", ["", "{oops", "[]", '{"verdicts": 3}', '{"figures": ["gain.png"]}', "\udcff"]
+)
 def test_a_corrupt_record_spares_the_others(tmp_path, broken):
     write(tmp_path)
-    (write(tmp_path, "spikes") / "record.json").write_bytes(broken.encode("utf-8", "surrogateescape"))
+    (write(tmp_path, "spikes") / "record.json").write_bytes(
+        broken.encode("utf-8", "surrogateescape")
+    )
     page = Page(pages.build(tmp_path))
     assert "record.json cannot be read" in page.text and "High rates gain more" in page.text
     assert_links_resolve(page, tmp_path)
@@ -154,7 +196,9 @@ def test_an_empty_record_is_no_error(tmp_path):
 def test_a_failed_run_is_shown_until_it_succeeds(tmp_path):
     folder = write(tmp_path)
     failed = folder / "lr_sweep.failed.ipynb"
-    failed.write_text('{"cells": [{"outputs": [{"output_type": "error", "ename": "LawaError", "evalue": "no step 7"}]}]}')
+    failed.write_text(
+        '{"cells": [{"outputs": [{"output_type": "error", "ename": "LawaError", "evalue": "no step 7"}]}]}'
+    )
     executed = (folder / "lr_sweep.ipynb").stat().st_mtime_ns
     for age, shown in ((+1, True), (-1, False)):
         when = executed + age * 10**9
@@ -191,7 +235,9 @@ def test_the_old_page_stands_until_the_new_one_is_whole(tmp_path, monkeypatch, c
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     write(tmp_path)
     html = pages.build(tmp_path).read_text(encoding="utf-8")
-    assert not any(word in html for word in ("http:", "https:", "//", "@import", "<script", "<link"))
+    assert not any(
+        word in html for word in ("http:", "https:", "//", "@import", "<script", "<link")
+    )
 
 
 def write_project(root):
@@ -199,7 +245,10 @@ def write_project(root):
     write(root / "results", files=("gain_over_steps.png", "rows.csv"), machine="2 cores")
     (root / "benchmarks").mkdir()
     (root / "benchmarks/averaging.json").write_text(json.dumps({"markdown": "| a | b |"}))
-    marks = "".join(f"# {name}\n<!-- begin {name} -->\nstale\n<!-- end {name} -->\n" for name in ("headline", "claims", "averaging"))
+    marks = "".join(
+        f"# {name}\n<!-- begin {name} -->\nstale\n<!-- end {name} -->\n"
+        for name in ("headline", "claims", "averaging")
+    )
     (root / "README.md").write_text(f"before\n{marks}after\n")
     return root
 
@@ -208,7 +257,11 @@ def test_publish_writes_the_tables_and_nothing_else(tmp_path):
     root = write_project(tmp_path)
     text = pages.publish(root / "results", root).read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
-    assert "| High rates gain more (`lr_sweep`) | 0.12 [P] plot | 0.14; 3 of 3 seeds | ✓ holds | 3 |" in text and "| a | b |" in text
+    assert (
+        "| High rates gain more (`lr_sweep`) | 0.12 [P] plot | 0.14; 3 of 3 seeds | ✓ holds | 3 |"
+        in text
+        and "| a | b |" in text
+    )
     assert (root / "docs/gain_over_steps.png").exists() and "docs/gain_over_steps.png" in text
     assert pages.readme(root).read_text() == text  # and once more from what was copied
 

@@ -26,10 +26,16 @@ from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, sa
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 SIZES = [name for name in PRESETS if name.startswith("pythia")]
 # By the models' config.json on the Hub: layers, width, heads, vocabulary; and all parameters (arXiv 2304.01373, table 1).
-PUBLISHED = {"pythia-70m": (6, 512, 8, 50304, 70_426_624), "pythia-160m": (12, 768, 12, 50304, 162_322_944),
-             "pythia-410m": (24, 1024, 16, 50304, 405_334_016), "pythia-1b": (16, 2048, 8, 50304, 1_011_781_632),
-             "pythia-1.4b": (24, 2048, 16, 50304, 1_414_647_808), "pythia-2.8b": (32, 2560, 32, 50304, 2_775_208_960),
-             "pythia-6.9b": (32, 4096, 32, 50432, 6_857_302_016), "pythia-12b": (36, 5120, 40, 50688, 11_846_072_320)}
+PUBLISHED = {
+    "pythia-70m": (6, 512, 8, 50304, 70_426_624),
+    "pythia-160m": (12, 768, 12, 50304, 162_322_944),
+    "pythia-410m": (24, 1024, 16, 50304, 405_334_016),
+    "pythia-1b": (16, 2048, 8, 50304, 1_011_781_632),
+    "pythia-1.4b": (24, 2048, 16, 50304, 1_414_647_808),
+    "pythia-2.8b": (32, 2560, 32, 50304, 2_775_208_960),
+    "pythia-6.9b": (32, 4096, 32, 50432, 6_857_302_016),
+    "pythia-12b": (36, 5120, 40, 50688, 11_846_072_320),
+}
 
 
 def narrow(name: str) -> GPTConfig:
@@ -57,12 +63,16 @@ def spread(config: GPTConfig, seed: int = 0) -> GPT:
     gpt, generator = GPT(config, seed).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in gpt.parameters():
-            p += torch.randn(p.shape, generator=generator) * (0.1 if p.dim() == 1 else config.n_embd ** -0.5)
+            p += torch.randn(p.shape, generator=generator) * (
+                0.1 if p.dim() == 1 else config.n_embd**-0.5
+            )
     return gpt
 
 
 def tokens(config: GPTConfig, length: int = 48, batch: int = 2):
-    return torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 @torch.inference_mode()
@@ -73,6 +83,7 @@ def same_logits(ours: GPT, folder, idx, tolerance: float = 1e-4) -> None:
 
 
 # ---- GPT-NeoX -----------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", SIZES)
 def test_presets_are_the_published_shapes(name):
@@ -104,28 +115,46 @@ def test_gpt2_folders_still_equal_transformers(tmp_path):
     torch.testing.assert_close(load_hf(tmp_path)(tokens(gpt.config))[0], gpt(tokens(gpt.config))[0])
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin", "float16", "sequential", "transformers 5"])
+@pytest.mark.parametrize(
+    "layout", ["safetensors", "sharded", "bin", "float16", "sequential", "transformers 5"]
+)
 def test_folders_of_transformers_load(tmp_path, layout):
     """Written by transformers in each layout the Hub has, read here."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
-                                        max_position_embeddings=64, use_parallel_residual=layout != "sequential", initializer_range=0.2)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=64,
+        use_parallel_residual=layout != "sequential",
+        initializer_range=0.2,
+    )
     net = transformers.GPTNeoXForCausalLM(config)
     if layout == "float16":
         net = net.half()
     net.save_pretrained(tmp_path, max_shard_size="50KB" if layout == "sharded" else "5GB")
     if layout == "bin":
-        state = {name.replace("lm_head", "embed_out"): tensor for name, tensor in net.state_dict().items()}  # as the Hub's files have it
+        state = {
+            name.replace("lm_head", "embed_out"): tensor
+            for name, tensor in net.state_dict().items()
+        }  # as the Hub's files have it
         torch.save(state, tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
     if layout != "transformers 5":  # the fields as the Hub's configs have them
         fields = json.loads((tmp_path / "config.json").read_text())
         fields.pop("rope_parameters", None)
-        (tmp_path / "config.json").write_text(json.dumps(fields | {"rotary_pct": 0.25, "rotary_emb_base": 10000}))
+        (tmp_path / "config.json").write_text(
+            json.dumps(fields | {"rotary_pct": 0.25, "rotary_emb_base": 10000})
+        )
     assert (tmp_path / "model.safetensors.index.json").exists() == (layout == "sharded")
     gpt = load_hf(tmp_path)
-    assert gpt.config.parallel == (layout != "sequential") and next(gpt.parameters()).dtype == torch.float32
+    assert (
+        gpt.config.parallel == (layout != "sequential")
+        and next(gpt.parameters()).dtype == torch.float32
+    )
     same_logits(gpt, tmp_path, tokens(gpt.config))
 
 
@@ -133,7 +162,9 @@ def test_save_and_load_return_the_same_bits(tmp_path):
     gpt = spread(preset("neox-nano", 200))
     save_hf(tmp_path, gpt.config, gpt.state_dict())
     back = load_hf(tmp_path)
-    assert back.config == gpt.config and all(torch.equal(t, back.state_dict()[n]) for n, t in gpt.state_dict().items())
+    assert back.config == gpt.config and all(
+        torch.equal(t, back.state_dict()[n]) for n, t in gpt.state_dict().items()
+    )
 
 
 def test_folder_averaged_here_gives_the_same_logits_there(tmp_path):
@@ -148,25 +179,41 @@ def test_folder_averaged_here_gives_the_same_logits_there(tmp_path):
     same_logits(load_hf(tmp_path / "mean"), tmp_path / "mean", tokens(config))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "llama"}, "holds a llama; expected one of gpt2, gpt_neox"),
-    ({"hidden_act": "silu"}, "activation silu, expected one of"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings is True, expected False"),
-    ({"rotary_emb_base": 500_000}, "rotary_emb_base is 500000, expected 10000"),
-    ({"intermediate_size": 96}, "intermediate_size is 96, expected 384"),
-    ({"num_hidden_layers": 3}, r"layers.2.input_layernorm.weight is not there; expected \[96\]"),
-    ({"vocab_size": 320}, r"gpt_neox.embed_in.weight has shape \[256, 96\]; expected \[320, 96\]"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "holds a llama; expected one of gpt2, gpt_neox"),
+        ({"hidden_act": "silu"}, "activation silu, expected one of"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, expected False"),
+        ({"rotary_emb_base": 500_000}, "rotary_emb_base is 500000, expected 10000"),
+        ({"intermediate_size": 96}, "intermediate_size is 96, expected 384"),
+        (
+            {"num_hidden_layers": 3},
+            r"layers.2.input_layernorm.weight is not there; expected \[96\]",
+        ),
+        (
+            {"vocab_size": 320},
+            r"gpt_neox.embed_in.weight has shape \[256, 96\]; expected \[320, 96\]",
+        ),
+    ],
+)
 def test_folders_that_do_not_fit_are_refused(tmp_path, change, message):
     gpt = GPT(preset("neox-nano", 200))
     save_hf(tmp_path, gpt.config, gpt.state_dict())
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | change))
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "config.json").read_text()) | change)
+    )
     with pytest.raises(LawaError, match=message):
         load_hf(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [({"tied": True}, "no gpt_neox with tied = True"),
-                                             ({"rotary": 0.0}, "no gpt2 with parallel = True, tied = False")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tied": True}, "no gpt_neox with tied = True"),
+        ({"rotary": 0.0}, "no gpt2 with parallel = True, tied = False"),
+    ],
+)
 def test_architectures_without_a_hugging_face_class_are_refused(tmp_path, change, message):
     config = GPTConfig(1, 2, 16, 8, 64, **NEOX | change)
     with pytest.raises(LawaError, match=message):
@@ -179,11 +226,15 @@ def test_rotary_width_must_be_even():
         GPTConfig(1, 2, 24, 8, 64, **NEOX)
 
 
-@pytest.mark.parametrize("config", [preset("nano", 500), preset("neox-nano", 500)], ids=["gpt2", "neox"])
+@pytest.mark.parametrize(
+    "config", [preset("nano", 500), preset("neox-nano", 500)], ids=["gpt2", "neox"]
+)
 def test_losses_in_pieces_are_the_losses(config):
     gpt, idx = spread(config), tokens(config, 41)
     whole = F.cross_entropy(gpt(idx[:, :-1])[0].transpose(1, 2), idx[:, 1:], reduction="none")
-    pieces = gpt.losses(idx[:, :-1], idx[:, 1:], memory=7 * 4 * config.vocab_size)  # seven tokens at a time
+    pieces = gpt.losses(
+        idx[:, :-1], idx[:, 1:], memory=7 * 4 * config.vocab_size
+    )  # seven tokens at a time
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
     assert pieces.shape == whole.shape == (2, 40)
 
@@ -191,7 +242,10 @@ def test_losses_in_pieces_are_the_losses(config):
 def test_a_gpt2_keeps_its_weights_and_logits():
     """The golden sum of logits of the smallest GPT-2 preset: if it moves, GPT-NeoX has changed GPT-2's path."""
     gpt = GPT(preset("nano", 256), seed=3)
-    assert list(dict(gpt.named_children())) == ["wte", "wpe", "h", "ln_f"] and gpt.head is gpt.wte.weight
+    assert (
+        list(dict(gpt.named_children())) == ["wte", "wpe", "h", "ln_f"]
+        and gpt.head is gpt.wte.weight
+    )
     logits = gpt(torch.arange(32)[None])[0].double()
     assert abs(logits.square().mean().item() - 0.027437265819762302) < 1e-9
 
@@ -202,15 +256,27 @@ REPO, STEPS = "EleutherAI/pythia-nano", (0, 10, 20, 30, 40)
 CONFIG = GPTConfig(2, 4, 32, 32, 64, **NEOX)
 
 
-def revision(folder, step: int, layout: str = "single", buffers: bool = False, seed: int | None = None):
+def revision(
+    folder, step: int, layout: str = "single", buffers: bool = False, seed: int | None = None
+):
     """A GPT-NeoX folder in float16 as the Hub has them: "single", "bin", "both", or that many shards; with or without buffers."""
-    save_hf(folder, CONFIG, {name: tensor.half() for name, tensor in spread(CONFIG, step if seed is None else seed).state_dict().items()})
+    save_hf(
+        folder,
+        CONFIG,
+        {
+            name: tensor.half()
+            for name, tensor in spread(CONFIG, step if seed is None else seed).state_dict().items()
+        },
+    )
     state = dict(open_checkpoint(folder / "model.safetensors"))
     if buffers:
         for layer in range(CONFIG.n_layer):
             prefix = f"gpt_neox.layers.{layer}.attention."
-            state |= {f"{prefix}bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril(), f"{prefix}rotary_emb.inv_freq": torch.rand(1),
-                      f"{prefix}masked_bias": torch.tensor(-1e9).half()}  # -inf
+            state |= {
+                f"{prefix}bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril(),
+                f"{prefix}rotary_emb.inv_freq": torch.rand(1),
+                f"{prefix}masked_bias": torch.tensor(-1e9).half(),
+            }  # -inf
     (folder / "model.safetensors").unlink()
     if layout in ("single", "both"):
         save(folder / "model.safetensors", state)
@@ -218,10 +284,15 @@ def revision(folder, step: int, layout: str = "single", buffers: bool = False, s
         torch.save(state, folder / "pytorch_model.bin")
     if layout.isdigit():
         names, count = sorted(state), int(layout)
-        places = {name: f"model-{i * count // len(names) + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)}
+        places = {
+            name: f"model-{i * count // len(names) + 1:05}-of-{count:05}.safetensors"
+            for i, name in enumerate(names)
+        }
         for shard in set(places.values()):
             save(folder / shard, {name: state[name] for name in names if places[name] == shard})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places})
+        )
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
@@ -230,7 +301,10 @@ def revision(folder, step: int, layout: str = "single", buffers: bool = False, s
 def branches(tmp_path):
     """Five revisions, each in another layout, and `main`; what the Hub's are like."""
     layouts = [("single", False), ("bin", True), ("2", True), ("3", False), ("both", True)]
-    made = {f"step{step}": revision(tmp_path / "made" / f"step{step}", step, *how) for step, how in zip(STEPS, layouts, strict=True)}
+    made = {
+        f"step{step}": revision(tmp_path / "made" / f"step{step}", step, *how)
+        for step, how in zip(STEPS, layouts, strict=True)
+    }
     return made | {"main": made["step40"]}
 
 
@@ -241,14 +315,18 @@ def hub(branches):
 
 
 def opened(hub, tmp_path, *args, **options):
-    return lawa_hub.open_hub(REPO, *args, folder=tmp_path / "cache", endpoint=hub.url, **{"token": False} | options)
+    return lawa_hub.open_hub(
+        REPO, *args, folder=tmp_path / "cache", endpoint=hub.url, **{"token": False} | options
+    )
 
 
 @pytest.fixture
 def no_waiting(monkeypatch):
     """The client's pauses between retries, skipped."""
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
-        monkeypatch.setattr(f"{module}.time", types.SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+        monkeypatch.setattr(
+            f"{module}.time", types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+        )
 
 
 def weights_sent(hub) -> int:
@@ -265,11 +343,19 @@ def test_every_layout_with_and_without_buffers_averages_by_name(hub, tmp_path, o
     for step in STEPS:
         fill(models[step], open_checkpoint(tmp_path / "made" / f"step{step}"))
     for step, name, state in lawa_core.stream(opened(hub, tmp_path), SCHEMES, on_disk=on_disk):
-        assert not any("masked" in tensor or tensor.endswith(("attention.bias", "inv_freq")) for tensor in state)
+        assert not any(
+            "masked" in tensor or tensor.endswith(("attention.bias", "inv_freq"))
+            for tensor in state
+        )
         weights = SCHEMES[name](STEPS, step)
-        expected = {n: sum(w * models[s].state_dict()[n].double() for s, w in weights.items()) for n in models[0].state_dict()}
+        expected = {
+            n: sum(w * models[s].state_dict()[n].double() for s, w in weights.items())
+            for n in models[0].state_dict()
+        }
         for n, tensor in fill(GPT(CONFIG), state).state_dict().items():
-            torch.testing.assert_close(tensor.double(), expected[n], rtol=2 ** -10, atol=1e-6)  # one rounding to float16
+            torch.testing.assert_close(
+                tensor.double(), expected[n], rtol=2**-10, atol=1e-6
+            )  # one rounding to float16
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["window in memory", "window on disk"])
@@ -281,11 +367,18 @@ def test_one_copy_is_fetched_the_next_meanwhile_and_the_disk_is_bounded(hub, tmp
         if name == "run" and following < len(STEPS):
             trajectory.pending[STEPS[following]].result(timeout=30)  # under way before anyone asked
         most = max(most, sum(trajectory.nbytes(s) for s in STEPS if trajectory.sources[s].exists()))
-    assert weights_sent(hub) == sum(sum(file.size for name, file in files.items() if not name.endswith(".json"))
-                                    for _, files in trajectory.revisions.values())
-    assert plan["fetch_bytes"] == trajectory.fetched == sum(map(trajectory.nbytes, STEPS)) and plan["revisions"] == 5
+    assert weights_sent(hub) == sum(
+        sum(file.size for name, file in files.items() if not name.endswith(".json"))
+        for _, files in trajectory.revisions.values()
+    )
+    assert (
+        plan["fetch_bytes"] == trajectory.fetched == sum(map(trajectory.nbytes, STEPS))
+        and plan["revisions"] == 5
+    )
     assert plan["hours"] == plan["fetch_bytes"] / 1e6 / 3600
-    assert most <= plan["disk_bytes"] and not any(path.exists() for path in trajectory.sources.values())
+    assert most <= plan["disk_bytes"] and not any(
+        path.exists() for path in trajectory.sources.values()
+    )
     held = 4 if on_disk else 2  # k + 1 copies, or the one being read and the next
     assert plan["disk_bytes"] <= held * max(map(trajectory.nbytes, STEPS))
     assert not open_deleted(tmp_path)  # they would keep the disk full
@@ -295,17 +388,26 @@ def open_deleted(folder) -> list[str]:
     """Deleted files under a folder that this process still holds open."""
     links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
     targets = [os.readlink(link) for link in links if os.path.islink(link)]
-    return [target for target in targets if target.startswith(str(folder)) and target.endswith("(deleted)")]
+    return [
+        target
+        for target in targets
+        if target.startswith(str(folder)) and target.endswith("(deleted)")
+    ]
 
 
 def test_memory_is_the_window(tmp_path):
     """No more than k checkpoints and two tensors at a time, though the average itself is one more."""
     for step in range(1, 6):
-        save(tmp_path / f"ckpt_{step}.safetensors", {f"layer{i}": torch.full((1 << 18,), float(step + i)) for i in range(32)})
+        save(
+            tmp_path / f"ckpt_{step}.safetensors",
+            {f"layer{i}": torch.full((1 << 18,), float(step + i)) for i in range(32)},
+        )
     one, tensor, k = 32 << 20, 1 << 20, 3
     for on_disk, most in ((False, k * one + 2 * tensor), (True, one + 2 * tensor)):
         tracemalloc.start()
-        for _, _, state in lawa_core.stream(tmp_path, {"run": newest(), "lawa": lawa(k, 1)}, on_disk=on_disk):
+        for _, _, state in lawa_core.stream(
+            tmp_path, {"run": newest(), "lawa": lawa(k, 1)}, on_disk=on_disk
+        ):
             del state
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -316,7 +418,10 @@ def test_memory_is_the_window(tmp_path):
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_checkpoint_with_nan_is_named(tmp_path, on_disk):
     for step in (1, 2, 3):
-        save(tmp_path / f"ckpt_{step}.safetensors", {"w": torch.full((5,), float("nan") if step == 2 else float(step))})
+        save(
+            tmp_path / f"ckpt_{step}.safetensors",
+            {"w": torch.full((5,), float("nan") if step == 2 else float(step))},
+        )
     with pytest.raises(LawaError, match=r"ckpt_2.safetensors: w holds NaN or Inf") as error:
         list(lawa_core.stream(tmp_path, {"lawa": lawa(3, 1)}, [3], on_disk))
     assert "ckpt_1" not in str(error.value) and "ckpt_3" not in str(error.value)
@@ -324,19 +429,33 @@ def test_a_checkpoint_with_nan_is_named(tmp_path, on_disk):
 
 def test_stream_equals_sweep_to_the_bit(tmp_path, branches):
     for on_disk in (False, True):
-        streamed = {(step, name): {n: t.clone() for n, t in state.items()} for step, name, state in
-                    lawa_core.stream(tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}, on_disk=on_disk)}
-        for step, name, state in lawa_core.sweep(tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}):
-            assert state.keys() == streamed[step, name].keys() and all(torch.equal(t, streamed[step, name][n]) for n, t in state.items())
+        streamed = {
+            (step, name): {n: t.clone() for n, t in state.items()}
+            for step, name, state in lawa_core.stream(
+                tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}, on_disk=on_disk
+            )
+        }
+        for step, name, state in lawa_core.sweep(
+            tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}
+        ):
+            assert state.keys() == streamed[step, name].keys() and all(
+                torch.equal(t, streamed[step, name][n]) for n, t in state.items()
+            )
 
 
-@pytest.mark.parametrize("seeds, steps, said", [
-    ({10: 0}, STEPS, r"steps 0, 10 hold identical weights"),
-    ({20: 40, 30: 40}, STEPS, r"steps 20, 30, 40 hold identical weights"),
-    ({20: 40, 30: 40}, (0, 10, 20), None),
-])
+@pytest.mark.parametrize(
+    "seeds, steps, said",
+    [
+        ({10: 0}, STEPS, r"steps 0, 10 hold identical weights"),
+        ({20: 40, 30: 40}, STEPS, r"steps 20, 30, 40 hold identical weights"),
+        ({20: 40, 30: 40}, (0, 10, 20), None),
+    ],
+)
 def test_duplicated_revisions_are_refused_before_anything_is_fetched(tmp_path, seeds, steps, said):
-    made = {f"step{step}": revision(tmp_path / f"step{step}", step, seed=seeds.get(step)) for step in STEPS}
+    made = {
+        f"step{step}": revision(tmp_path / f"step{step}", step, seed=seeds.get(step))
+        for step in STEPS
+    }
     with Hub({REPO: made}) as hub:
         if said is None:
             assert opened(hub, tmp_path, steps).steps == list(steps)
@@ -353,13 +472,19 @@ def test_a_shard_of_another_revision_is_refused(tmp_path):
     made = {f"step{step}": revision(tmp_path / f"step{step}", step, "2") for step in STEPS}
     shard = "model-00001-of-00002.safetensors"
     (made["step20"] / shard).write_bytes((made["step40"] / shard).read_bytes())
-    with Hub({REPO: made}) as hub, pytest.raises(LawaError, match="steps 20, 40 hold partly identical weights"):
+    with (
+        Hub({REPO: made}) as hub,
+        pytest.raises(LawaError, match="steps 20, 40 hold partly identical weights"),
+    ):
         opened(hub, tmp_path)
     assert not hub.sent
 
 
 def test_the_same_weights_in_another_format_are_refused_once_read(tmp_path):
-    made = {"step1": revision(tmp_path / "step1", 1), "step2": revision(tmp_path / "step2", 1, "bin")}
+    made = {
+        "step1": revision(tmp_path / "step1", 1),
+        "step2": revision(tmp_path / "step2", 1, "bin"),
+    }
     with Hub({REPO: made}) as hub:
         trajectory = opened(hub, tmp_path)  # their sha256 differ
         with pytest.raises(LawaError, match=r"steps 1 and 2 of .* hold identical weights"):
@@ -372,11 +497,20 @@ def test_main_holds_both_formats_but_one_is_fetched(hub, tmp_path):
     assert set(hub.sent) == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("lacking, said", [
-    ("model-00002-of-00003.safetensors", "step30 lacks shard 2 of model.safetensors; leave this step out"),
-    ("model.safetensors.index.json", "step30 lacks model.safetensors.index.json; leave this step out"),
-    ("model-", "step30 lacks weights: expected model.safetensors or pytorch_model.bin"),
-])
+@pytest.mark.parametrize(
+    "lacking, said",
+    [
+        (
+            "model-00002-of-00003.safetensors",
+            "step30 lacks shard 2 of model.safetensors; leave this step out",
+        ),
+        (
+            "model.safetensors.index.json",
+            "step30 lacks model.safetensors.index.json; leave this step out",
+        ),
+        ("model-", "step30 lacks weights: expected model.safetensors or pytorch_model.bin"),
+    ],
+)
 def test_a_missing_shard_is_named_before_anything_is_fetched(tmp_path, branches, lacking, said):
     for path in list(branches["step30"].iterdir()):
         if path.name.startswith(lacking):
@@ -388,15 +522,27 @@ def test_a_missing_shard_is_named_before_anything_is_fetched(tmp_path, branches,
     assert not hub.sent
 
 
-@pytest.mark.parametrize("fault, said", [
-    (Fault("HEAD .*resolve", 404, 9), "step30: a file it lists is missing on the Hub; what is fetched is kept, run again to go on"),
-    (Fault("HEAD .*resolve", 401, 9), "step30: no such model, or it needs a token"),
-    (Fault("HEAD .*resolve", 403, 9), "step30: no such model, or it needs a token"),
-    (Fault("HEAD .*resolve", 503, 99), r"step30: the Hub cannot be reached \(503\); what is fetched is kept"),
-    (Fault("GET /[0-9a-f]{64}", "short"), "step30: the download was cut short"),
-    (Fault("GET /[0-9a-f]{64}", "corrupt"), r"step30: model-00001-of-00003.safetensors is not the file that the Hub lists"),
-    (Fault("GET /[0-9a-f]{64}", 503, 99), r"step30: the Hub cannot be reached \(503\)"),
-])
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (
+            Fault("HEAD .*resolve", 404, 9),
+            "step30: a file it lists is missing on the Hub; what is fetched is kept, run again to go on",
+        ),
+        (Fault("HEAD .*resolve", 401, 9), "step30: no such model, or it needs a token"),
+        (Fault("HEAD .*resolve", 403, 9), "step30: no such model, or it needs a token"),
+        (
+            Fault("HEAD .*resolve", 503, 99),
+            r"step30: the Hub cannot be reached \(503\); what is fetched is kept",
+        ),
+        (Fault("GET /[0-9a-f]{64}", "short"), "step30: the download was cut short"),
+        (
+            Fault("GET /[0-9a-f]{64}", "corrupt"),
+            r"step30: model-00001-of-00003.safetensors is not the file that the Hub lists",
+        ),
+        (Fault("GET /[0-9a-f]{64}", 503, 99), r"step30: the Hub cannot be reached \(503\)"),
+    ],
+)
 def test_a_failing_fetch_is_one_line_and_is_gone_on_with(hub, tmp_path, no_waiting, fault, said):
     trajectory = opened(hub, tmp_path, keep=True)
     hub.faults.append(fault)
@@ -406,7 +552,9 @@ def test_a_failing_fetch_is_one_line_and_is_gone_on_with(hub, tmp_path, no_waiti
     hub.faults.clear()
     assert len(trajectory[30]) == len(open_checkpoint(tmp_path / "made" / "step30"))
     before = weights_sent(hub)
-    assert trajectory[30] and len(opened(hub, tmp_path)[30]) and weights_sent(hub) == before  # what is there is not fetched again
+    assert (
+        trajectory[30] and len(opened(hub, tmp_path)[30]) and weights_sent(hub) == before
+    )  # what is there is not fetched again
 
 
 def test_a_cut_connection_goes_on_where_it_was(hub, tmp_path, no_waiting, monkeypatch):
@@ -414,7 +562,9 @@ def test_a_cut_connection_goes_on_where_it_was(hub, tmp_path, no_waiting, monkey
     hub.faults.append(Fault("GET /[0-9a-f]{64}", "cut"))
     trajectory = opened(hub, tmp_path, [0])
     list(lawa_core.stream(trajectory, {"run": newest()}))
-    assert weights_sent(hub) - trajectory.revisions[0][1]["model.safetensors"].size < 1000  # by a range request, less than a chunk twice
+    assert (
+        weights_sent(hub) - trajectory.revisions[0][1]["model.safetensors"].size < 1000
+    )  # by a range request, less than a chunk twice
 
 
 def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waiting):
@@ -424,18 +574,32 @@ def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waitin
     hub.faults.clear()
     trajectory = opened(hub, tmp_path)
     first = {name: size for name, size in hub.sent.items() if "-of-00003" in name}
-    assert len(first) == 2 and trajectory.plan({"run": newest()}, [30], rate=1)["fetch_bytes"] < trajectory.nbytes(30) / 2
+    assert (
+        len(first) == 2
+        and trajectory.plan({"run": newest()}, [30], rate=1)["fetch_bytes"]
+        < trajectory.nbytes(30) / 2
+    )
     trajectory[30]
-    assert {name: hub.sent[name] for name in first} == first and "model-00003-of-00003.safetensors" in hub.sent
+    assert {
+        name: hub.sent[name] for name in first
+    } == first and "model-00003-of-00003.safetensors" in hub.sent
 
 
-@pytest.mark.parametrize("repo, steps, fault, said", [
-    (REPO, [0, 15, 25], None, "no revision step15, step25; there are 0, 10, 20, 30, 40"),
-    (f"{REPO}@0:40:20x", None, None, "steps must be START:STOP:STRIDE"),
-    ("EleutherAI/pythia-9b", None, None, "EleutherAI/pythia-9b: no such model, or it needs a token"),
-    (REPO, None, Fault("refs", 503), r"the Hub cannot be reached \(503\)"),
-    (REPO, None, Fault("tree", 503, 99), r"step\d+: the Hub cannot be reached \(503\)"),
-])
+@pytest.mark.parametrize(
+    "repo, steps, fault, said",
+    [
+        (REPO, [0, 15, 25], None, "no revision step15, step25; there are 0, 10, 20, 30, 40"),
+        (f"{REPO}@0:40:20x", None, None, "steps must be START:STOP:STRIDE"),
+        (
+            "EleutherAI/pythia-9b",
+            None,
+            None,
+            "EleutherAI/pythia-9b: no such model, or it needs a token",
+        ),
+        (REPO, None, Fault("refs", 503), r"the Hub cannot be reached \(503\)"),
+        (REPO, None, Fault("tree", 503, 99), r"step\d+: the Hub cannot be reached \(503\)"),
+    ],
+)
 def test_listing_fails_in_one_line(hub, no_waiting, repo, steps, fault, said):
     hub.faults += [fault] if fault else []
     with pytest.raises(LawaError, match=said):
@@ -451,18 +615,27 @@ def test_a_token_is_sent_to_the_hub_and_not_beyond(branches, tmp_path):
     with Hub({REPO: branches}, token="hf_test") as hub:
         with pytest.raises(LawaError, match="needs a token"):
             opened(hub, tmp_path)
-        assert len(list(lawa_core.stream(opened(hub, tmp_path, token="hf_test"), {"run": newest()}))) == 5  # its storage refuses tokens
+        assert (
+            len(list(lawa_core.stream(opened(hub, tmp_path, token="hf_test"), {"run": newest()})))
+            == 5
+        )  # its storage refuses tokens
 
 
 def test_a_full_disk(hub, tmp_path, monkeypatch):
     trajectory = opened(hub, tmp_path)
-    monkeypatch.setattr(lawa_core.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(LawaError, match=r"step0 takes 0.00 GB, .*cache has 0.00 GB left; free some, or choose another folder"):
+    monkeypatch.setattr(
+        lawa_core.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000)
+    )
+    with pytest.raises(
+        LawaError,
+        match=r"step0 takes 0.00 GB, .*cache has 0.00 GB left; free some, or choose another folder",
+    ):
         trajectory[0]
     monkeypatch.undo()
 
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(trajectory.api, "hf_hub_download", full)
     with pytest.raises(LawaError, match="step0: the disk is full; free some"):
         trajectory[0]
@@ -473,16 +646,28 @@ def test_code_in_a_bin_is_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
-    made = {"step1": revision(tmp_path / "step1", 1, "bin"), "step2": revision(tmp_path / "step2", 2, "bin")}
-    torch.save({"gpt_neox.embed_in.weight": torch.ones(2), "bomb": Bomb()}, made["step2"] / "pytorch_model.bin")
-    with Hub({REPO: made}) as hub, pytest.raises(LawaError, match=r"step2/pytorch_model.bin: refused, it holds .*mkdir"):
+
+    made = {
+        "step1": revision(tmp_path / "step1", 1, "bin"),
+        "step2": revision(tmp_path / "step2", 2, "bin"),
+    }
+    torch.save(
+        {"gpt_neox.embed_in.weight": torch.ones(2), "bomb": Bomb()},
+        made["step2"] / "pytorch_model.bin",
+    )
+    with (
+        Hub({REPO: made}) as hub,
+        pytest.raises(LawaError, match=r"step2/pytorch_model.bin: refused, it holds .*mkdir"),
+    ):
         list(lawa_core.stream(opened(hub, tmp_path), {"run": newest()}))
     assert not (tmp_path / "ran").exists()
 
 
 def test_without_the_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
-    with pytest.raises(LawaError, match=r"the Hub needs huggingface_hub: pip install \"lawa-lab\[hub\]\""):
+    with pytest.raises(
+        LawaError, match=r"the Hub needs huggingface_hub: pip install \"lawa-lab\[hub\]\""
+    ):
         lawa_hub.open_hub(REPO)
 
 
@@ -503,14 +688,28 @@ def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, c
 
 # ---- Replays ------------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for split, seed in (("train", 0), ("val", 1)):
-        np.random.default_rng(seed).integers(0, CONFIG.vocab_size, 999).astype("<u2").tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps({"name": "noise", "vocab_size": CONFIG.vocab_size, "train_tokens": 999, "val_tokens": 999,
-                                                  "val_bytes": 2997, "eot_token": 0, "tokenizer": "tokenizer.json"}))
+        np.random.default_rng(seed).integers(0, CONFIG.vocab_size, 999).astype("<u2").tofile(
+            folder / f"{split}.bin"
+        )
+    (folder / "meta.json").write_text(
+        json.dumps(
+            {
+                "name": "noise",
+                "vocab_size": CONFIG.vocab_size,
+                "train_tokens": 999,
+                "val_tokens": 999,
+                "val_bytes": 2997,
+                "eot_token": 0,
+                "tokenizer": "tokenizer.json",
+            }
+        )
+    )
     return model.open_corpus(folder)
 
 
@@ -523,24 +722,40 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
         if step == 30:
             kept[label] = tmp_path / label
             write_hf(kept[label], state, json.loads((like / "config.json").read_text()), like)
-    rows = pythia.replay(trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu")
-    assert [(row["step"], row["scheme"]) for row in rows] == [(step, label) for step in STEPS for label in ("run", "lawa")]
+
+    rows = pythia.replay(
+        trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu"
+    )
+    assert [(row["step"], row["scheme"]) for row in rows] == [
+        (step, label) for step in STEPS for label in ("run", "lawa")
+    ]
     losses = {}
     for row in rows:
         gpt = fill(GPT(CONFIG), average(tmp_path / "made", SCHEMES[row["scheme"]], row["step"]))
         losses[row["scheme"]] = model.evaluate(gpt, corpus, 8)
-        assert abs(row["loss"] - losses[row["scheme"]].mean()) < 1e-9 and abs(row["bpb"] * np.log(2) * 3 - row["loss"]) < 1e-9
+        assert (
+            abs(row["loss"] - losses[row["scheme"]].mean()) < 1e-9
+            and abs(row["bpb"] * np.log(2) * 3 - row["loss"]) < 1e-9
+        )
         assert abs(row["gain"] - (losses["run"] - losses[row["scheme"]]).mean()) < 1e-9
     for folder in kept.values():  # what was kept on the way opens elsewhere
-        assert json.loads((folder / "config.json").read_text())["dtype"] == "float16" and (folder / "tokenizer.json").exists()
+        assert (
+            json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+            and (folder / "tokenizer.json").exists()
+        )
         same_logits(load_hf(folder), folder, tokens(CONFIG, 20))
     assert kept.keys() == {"run", "lawa"}
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": CONFIG.vocab_size + 1}, {"tokenizer_sha256": "0" * 64}])
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": CONFIG.vocab_size + 1}, {"tokenizer_sha256": "0" * 64}]
+)
 def test_text_in_other_tokens_is_refused(hub, tmp_path, corpus, change):
     corpus.meta.update(change)
-    with pytest.raises(LawaError, match=r"noise is not in this model's tokens; prepare the text again with --tokenizer .*tokenizer.json"):
+    with pytest.raises(
+        LawaError,
+        match=r"noise is not in this model's tokens; prepare the text again with --tokenizer .*tokenizer.json",
+    ):
         pythia.replay(opened(hub, tmp_path), {}, corpus, n_blocks=2, device="cpu")
     assert not weights_sent(hub)
 
@@ -549,12 +764,21 @@ def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
     def stop(step, label, state):
         if step == 30:
             raise KeyboardInterrupt
-    arguments = {"schemes": {"lawa": lawa(2, 10)}, "corpus": corpus, "n_blocks": 4, "device": "cpu", "cache": tmp_path / "rows.csv"}
+
+    arguments = {
+        "schemes": {"lawa": lawa(2, 10)},
+        "corpus": corpus,
+        "n_blocks": 4,
+        "device": "cpu",
+        "cache": tmp_path / "rows.csv",
+    }
     with pytest.raises(KeyboardInterrupt):
         pythia.replay(opened(hub, tmp_path), each=stop, **arguments)
     hub.sent.clear()
     rows = pythia.replay(opened(hub, tmp_path), **arguments)
-    assert len(rows) == 10 and not any(name in hub.sent for name in ("pytorch_model.bin",))  # step 10's: no longer needed
+    assert len(rows) == 10 and not any(
+        name in hub.sent for name in ("pytorch_model.bin",)
+    )  # step 10's: no longer needed
     hub.sent.clear()
     assert pythia.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
     assert pythia.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
@@ -562,14 +786,36 @@ def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
 
 # ---- Zero-shot and the notebook -----------------------------------------------------------------------------------------------------
 
-WORDS = ["<unk>", "<|endoftext|>", "the", "a", "cat", "dog", "bird", "sat", "ran", "slept", "on", "under", "mat", "tree"]
+WORDS = [
+    "<unk>",
+    "<|endoftext|>",
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "slept",
+    "on",
+    "under",
+    "mat",
+    "tree",
+]
 
 
 def tokenizer(folder):
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    tokenizers, transformers = (
+        pytest.importorskip("tokenizers"),
+        pytest.importorskip("transformers"),
+    )
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", unk_token="<unk>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|endoftext|>", unk_token="<unk>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -577,12 +823,22 @@ def test_zero_shot_is_the_accuracy_of_the_folder(tmp_path, monkeypatch):
     """A task made here: which of two endings is likelier, by the harness and by our own logits."""
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
+
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     revision(tmp_path / "plain", 1)
     fields = json.loads((tmp_path / "plain" / "config.json").read_text())
-    write_hf(tmp_path / "hf", dict(open_checkpoint(tmp_path / "plain")), fields, tokenizer(tmp_path / "tokenizer"))
-    items = [{"text": f"the {who} {did}", "choices": ["on the mat", "under a tree"], "answer": i % 2}
-             for i, (who, did) in enumerate((who, did) for who in ("cat", "dog", "bird") for did in ("sat", "ran", "slept"))]
+    write_hf(
+        tmp_path / "hf",
+        dict(open_checkpoint(tmp_path / "plain")),
+        fields,
+        tokenizer(tmp_path / "tokenizer"),
+    )
+    items = [
+        {"text": f"the {who} {did}", "choices": ["on the mat", "under a tree"], "answer": i % 2}
+        for i, (who, did) in enumerate(
+            (who, did) for who in ("cat", "dog", "bird") for did in ("sat", "ran", "slept")
+        )
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "toy.yaml").write_text(f"""
@@ -596,13 +852,19 @@ doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
-    row, = pythia.zero_shot(tmp_path / "hf", ["toy"], task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False))
+    (row,) = pythia.zero_shot(
+        tmp_path / "hf",
+        ["toy"],
+        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
+    )
     gpt, right = load_hf(tmp_path / "hf"), []
     for item in items:
         scores = []
         for ending in item["choices"]:
             idx = torch.tensor([[WORDS.index(word) for word in f"{item['text']} {ending}".split()]])
-            scores.append(-gpt.losses(idx[:, :-1], idx[:, 1:])[0, -len(ending.split()):].sum().item())
+            scores.append(
+                -gpt.losses(idx[:, :-1], idx[:, 1:])[0, -len(ending.split()) :].sum().item()
+            )
         right.append(scores.index(max(scores)) == item["answer"])
     assert row["accuracy"] == np.mean(right) and 0 < row["accuracy"] < 1
     assert abs(row["stderr"] - np.std(right, ddof=1) / 3) < 1e-9  # nine items
@@ -610,20 +872,44 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def test_zero_shot_without_the_harness(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(LawaError, match=r"zero-shot tasks need lm_eval: pip install \"lawa-lab\[zeroshot\]\""):
+    with pytest.raises(
+        LawaError, match=r"zero-shot tasks need lm_eval: pip install \"lawa-lab\[zeroshot\]\""
+    ):
         pythia.zero_shot(tmp_path, ["sciq"])
 
 
 def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):
     """The path that Pythia itself takes: listed, planned, fetched, averaged, drawn, recorded; nothing is trained."""
     papermill = pytest.importorskip("papermill")
-    parameters = {"model": REPO, "steps": "10,40,10", "k": 2, "corpus": str(corpus.folder), "eval_tokens": 256, "endpoint": hub.url,
-                  "hub_folder": str(tmp_path / "cache"), "device": "cpu", "on_disk": True, "hours": 40.0, "out": str(tmp_path / "out")}
+    parameters = {
+        "model": REPO,
+        "steps": "10,40,10",
+        "k": 2,
+        "corpus": str(corpus.folder),
+        "eval_tokens": 256,
+        "endpoint": hub.url,
+        "hub_folder": str(tmp_path / "cache"),
+        "device": "cpu",
+        "on_disk": True,
+        "hours": 40.0,
+        "out": str(tmp_path / "out"),
+    }
     notebook = ROOT / "notebooks" / "pythia_replay.ipynb"
-    made = papermill.execute_notebook(notebook, tmp_path / "made.ipynb", parameters, kernel_name="python3", cwd=str(tmp_path),
-                                      progress_bar=False)
-    printed = "".join(output.get("text", "") for cell in made.cells for output in cell.get("outputs", []))
-    assert "4 revisions, 0.0 GB to fetch" in printed and "pythia-nano: 4 checkpoints of 0.03M parameters, 4 points" in printed
+    made = papermill.execute_notebook(
+        notebook,
+        tmp_path / "made.ipynb",
+        parameters,
+        kernel_name="python3",
+        cwd=str(tmp_path),
+        progress_bar=False,
+    )
+    printed = "".join(
+        output.get("text", "") for cell in made.cells for output in cell.get("outputs", [])
+    )
+    assert (
+        "4 revisions, 0.0 GB to fetch" in printed
+        and "pythia-nano: 4 checkpoints of 0.03M parameters, 4 points" in printed
+    )
     record = json.loads((tmp_path / "out" / "pythia_replay" / "record.json").read_text())
     assert len(record["verdicts"]) == 3 and "GPU hours" in printed and len(record["figures"]) == 3
     assert hub.sent["pytorch_model.bin"] and not any("step0/" in request for request in hub.log)

@@ -15,8 +15,12 @@ RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 def recipe(title, **names):
     """Run the code block under a heading; -> its names."""
-    block = re.search(rf"^## {title}$.*?^```python\n(.*?)^```$", RECIPES.read_text(), re.MULTILINE | re.DOTALL)[1]
-    exec(compile(block, f"recipes.md: {title}", "exec"), names)  # the documentation is the code under test
+    block = re.search(
+        rf"^## {title}$.*?^```python\n(.*?)^```$", RECIPES.read_text(), re.MULTILINE | re.DOTALL
+    )[1]
+    exec(
+        compile(block, f"recipes.md: {title}", "exec"), names
+    )  # the documentation is the code under test
     return names
 
 
@@ -34,7 +38,10 @@ def test_plain_loop():
 
     def evaluate(model):
         seen.update({n: t.clone() for n, t in model.state_dict().items()})
-    names = recipe("A plain loop", model=model, train_step=train_step, evaluate=evaluate, max_iters=100)
+
+    names = recipe(
+        "A plain loop", model=model, train_step=train_step, evaluate=evaluate, max_iters=100
+    )
     ref.assert_state(seen, mean(states, [20, 40, 60, 80, 100]))
     ref.assert_state(names["averages"][2].average(), mean(states, range(50, 101, 10)))
     assert ref.state_bits(model.state_dict()) == ref.state_bits(states[100])
@@ -61,9 +68,23 @@ def examples(n=64):
 
 def hf_trainer(folder, model, callback, max_steps):
     from transformers import Trainer, TrainingArguments
-    arguments = TrainingArguments(str(folder), max_steps=max_steps, save_steps=2, per_device_train_batch_size=8, learning_rate=0.1, seed=3,
-                                  report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant")
-    return Trainer(model, arguments, train_dataset=examples(), eval_dataset=examples(), callbacks=[callback])
+
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=max_steps,
+        save_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=0.1,
+        seed=3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        lr_scheduler_type="constant",
+    )
+    return Trainer(
+        model, arguments, train_dataset=examples(), eval_dataset=examples(), callbacks=[callback]
+    )
 
 
 def test_hugging_face_trainer(tmp_path):
@@ -73,6 +94,7 @@ def test_hugging_face_trainer(tmp_path):
 
     def make(model):
         return LAWA(model, k=3, spacing=2)
+
     model = Regression()
     averaging = callback(make)
     trainer = hf_trainer(tmp_path / "whole", model, averaging, 10)
@@ -89,8 +111,11 @@ def test_hugging_face_trainer(tmp_path):
     assert ref.state_bits(resumed.online.average()) == ref.state_bits(online)
 
 
-@pytest.mark.parametrize(("make", "batches"), [(lambda m: LAWA(m, k=3, spacing=2), 1), (lambda m: EMA(m, 0.5), 1), (lambda m: SWA(m), 2)],
-                         ids=["lawa", "ema", "swa, two batches a step"])
+@pytest.mark.parametrize(
+    ("make", "batches"),
+    [(lambda m: LAWA(m, k=3, spacing=2), 1), (lambda m: EMA(m, 0.5), 1), (lambda m: SWA(m), 2)],
+    ids=["lawa", "ema", "swa, two batches a step"],
+)
 def test_lightning(make, batches, tmp_path):
     """Validation sees the average; resumed in the middle equals uninterrupted."""
     lightning = pytest.importorskip("lightning")
@@ -115,11 +140,21 @@ def test_lightning(make, batches, tmp_path):
 
     def fit(averaging, steps, resume=None):
         loader = torch.utils.data.DataLoader(examples(), batch_size=8)
-        trainer = lightning.Trainer(max_steps=steps, callbacks=[averaging], logger=False, enable_progress_bar=False, accelerator="cpu",
-                                    enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
-                                    num_sanity_val_steps=0, accumulate_grad_batches=batches)
+        trainer = lightning.Trainer(
+            max_steps=steps,
+            callbacks=[averaging],
+            logger=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+            num_sanity_val_steps=0,
+            accumulate_grad_batches=batches,
+        )
         trainer.fit(module := Module(), loader, loader, ckpt_path=resume)
         return trainer, module
+
     whole = callback(make)
     _, module = fit(whole, 16)
     want = ref.state_bits(whole.online.average())

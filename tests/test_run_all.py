@@ -33,12 +33,18 @@ SLOW = "import time\nprint('training slow', flush=True)\ntime.sleep(120)"
 
 
 def add_notebook(project, name, code, parameters=PARAMETERS):
-    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
     for count, cell in enumerate(cells, 1):
         cell.execution_count = count
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), project / f"notebooks/{name}.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata=metadata),
+        project / f"notebooks/{name}.ipynb",
+    )
 
 
 def make_project(folder):
@@ -47,12 +53,26 @@ def make_project(folder):
         (folder / inner).mkdir(parents=True)
     for name in ("run_all.sh", "pages.py"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("lawa_core", "lawa_files", "lawa_mix", "lawa_schemes", "lawa_hub", "gpt", "corpora", "recipes", "model", "many_runs",
-                 "pythia", "lab"):
+    for name in (
+        "lawa_core",
+        "lawa_files",
+        "lawa_mix",
+        "lawa_schemes",
+        "lawa_hub",
+        "gpt",
+        "corpora",
+        "recipes",
+        "model",
+        "many_runs",
+        "pythia",
+        "lab",
+    ):
         (folder / f"{name}.py").write_text("")
     (folder / "constraints.txt").write_text("")
     extras = 'optional-dependencies = {notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
-    (folder / "pyproject.toml").write_text(f'[project]\nname = "stub"\ndependencies = []\n{extras}\n')
+    (folder / "pyproject.toml").write_text(
+        f'[project]\nname = "stub"\ndependencies = []\n{extras}\n'
+    )
     (folder / "data/stdlib/prepare.py").write_text(PREPARE)
     add_notebook(folder, "good", GOOD)
     return folder
@@ -60,15 +80,31 @@ def make_project(folder):
 
 def test_a_notebook_is_run_again_when_any_module_that_it_can_use_changes():
     """run_all.sh lists them; the command line and the pages take no part in a notebook."""
-    listed = re.search(r'cat "notebooks/\$1\.ipynb" (.*?) data/', (ROOT / "run_all.sh").read_text())[1]
-    files = subprocess.run(["bash", "-c", f"echo {listed}"], capture_output=True, text=True, check=True).stdout.split()
-    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
-    assert sorted(files) == sorted(f"{name}.py" for name in modules if name not in ("lawa_cli", "pages"))
+    listed = re.search(
+        r'cat "notebooks/\$1\.ipynb" (.*?) data/', (ROOT / "run_all.sh").read_text()
+    )[1]
+    files = subprocess.run(
+        ["bash", "-c", f"echo {listed}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "py-modules"
+    ]
+    assert sorted(files) == sorted(
+        f"{name}.py" for name in modules if name not in ("lawa_cli", "pages")
+    )
 
 
 def command(project, *args, env=ACTIVE, cwd="/"):
     shell = [str(project / "run_all.sh"), *args]
-    return subprocess.run(shell, env=env, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    return subprocess.run(
+        shell,
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
 
 
 def table(done):
@@ -98,7 +134,12 @@ def test_one_failure_leaves_the_others(project, first):
     assert f"open {project}/results/index.html" in first.stdout
     results = project / "results"
     assert json.loads((results / "good/record.json").read_text())["scale"] == "laptop"
-    assert sorted(path.name for path in (results / "good").iterdir()) == [".stamp", "good.html", "good.ipynb", "record.json"]
+    assert sorted(path.name for path in (results / "good").iterdir()) == [
+        ".stamp",
+        "good.html",
+        "good.ipynb",
+        "record.json",
+    ]
     assert not (results / "bad/bad.ipynb").exists()
     page = (results / "index.html").read_text()
     assert "It runs" in page and "ValueError: lost its way" in page
@@ -110,14 +151,19 @@ def test_a_parameter_the_notebook_does_not_have_is_a_failure(first):
 
 def test_the_screen_shows_the_notebook_and_not_papermill(first):
     assert "training one" in first.stdout
-    assert not any(noise in first.stdout + first.stderr for noise in ("Executing", "Input Notebook", "TCP", "%|"))
+    assert not any(
+        noise in first.stdout + first.stderr
+        for noise in ("Executing", "Input Notebook", "TCP", "%|")
+    )
 
 
 def test_list_prints_commands_that_run_alone(project, first):
     listed = command(project, "--list", "--results", "else where", cwd=project / "data")
     lines = listed.stdout.splitlines()
     assert listed.returncode == 0 and len(lines) == 3 and not (project / "data/else where").exists()
-    done = subprocess.run(["bash", "-c", lines[2]], env=ACTIVE, cwd="/", capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", lines[2]], env=ACTIVE, cwd="/", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert table(done) == {"good": "done"}
     assert (project / "data/else where/good/good.ipynb").exists()
@@ -129,7 +175,11 @@ def test_finished_work_is_not_redone_until_something_changes(project, first):
     began = time.monotonic()
     again = command(project, "--only", "good.ipynb", "--only", "good")
     assert time.monotonic() - began < 10
-    assert again.returncode == 0 and table(again) == {"good": "cached"} and executed.read_bytes() == before
+    assert (
+        again.returncode == 0
+        and table(again) == {"good": "cached"}
+        and executed.read_bytes() == before
+    )
 
     (project / "lab.py").write_text("# changed\n")
     failed = command(project, "--only", "good", "--scale", "enormous")
@@ -138,7 +188,11 @@ def test_finished_work_is_not_redone_until_something_changes(project, first):
     assert executed.read_bytes() == before  # the earlier result stands
 
     redone = command(project, "--only", "good")
-    assert redone.returncode == 0 and table(redone) == {"good": "done"} and executed.read_bytes() != before
+    assert (
+        redone.returncode == 0
+        and table(redone) == {"good": "done"}
+        and executed.read_bytes() != before
+    )
     assert not (project / "results/good/good.failed.ipynb").exists()
 
 
@@ -226,7 +280,11 @@ def test_without_an_environment_one_is_made_and_filled_once(tmp_path):
     def pip_calls(*args):
         calls.write_text("")
         assert command(project, *args, env=env).returncode == 0
-        return [line for line in calls.read_text().splitlines() if line.startswith(("-m pip", "-m venv"))]
+        return [
+            line
+            for line in calls.read_text().splitlines()
+            if line.startswith(("-m pip", "-m venv"))
+        ]
 
     install = "-m pip install -q --disable-pip-version-check -c constraints.txt -e "
     assert pip_calls() == ["-m venv .venv", install + ".[notebooks]"]

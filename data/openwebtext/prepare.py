@@ -23,13 +23,19 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # corpus.py lies in data/, which is no package
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # corpus.py lies in data/, which is no package
 import corpus
 from corpus import CorpusError, Parser, Progress, one_line_errors
 
 SOURCE = "Skylion007/openwebtext@refs/convert/parquet"
 COLUMN = "text"
-KNOWN = {"documents": 8_013_769, "train_tokens": 9_035_582_198, "val_tokens": 4_434_897}  # nanoGPT's
+KNOWN = {
+    "documents": 8_013_769,
+    "train_tokens": 9_035_582_198,
+    "val_tokens": 4_434_897,
+}  # nanoGPT's
 PART = 32_768  # documents that a thread holds at a time: some 80 MB of token ids
 TOKEN_BYTES = 2 / 4.4  # of token ids per byte of text, from OpenWebText's 4.4 bytes per GPT-2 token
 PARQUET_TOKEN_BYTES = 0.75  # of token ids per byte of its parquet conversion
@@ -50,7 +56,9 @@ class Part:
 
     def is_done(self, work):
         ids, sizes = self.paths(work)
-        return sizes.exists() and ids.exists() and ids.stat().st_size == 2 * np.load(sizes)[:, 0].sum()
+        return (
+            sizes.exists() and ids.exists() and ids.stat().st_size == 2 * np.load(sizes)[:, 0].sum()
+        )
 
 
 # ---- where the parquet files come from: both have a name that changes with the files, left_out (by --files), and files() ----
@@ -60,7 +68,11 @@ class Folder:
     """Parquet files at and under a folder of the user's."""
 
     def __init__(self, folder, limit):
-        found = {name: path for name, path in corpus.list_files([folder]).items() if name.endswith(".parquet")}
+        found = {
+            name: path
+            for name, path in corpus.list_files([folder]).items()
+            if name.endswith(".parquet")
+        }
         if not found:
             raise CorpusError(f"{folder}: no .parquet files in it")
         self.paths = {name: found[name] for name in sorted(found, key=corpus.numeric)[:limit]}
@@ -83,9 +95,15 @@ class Hub:
         self.name = f"{source} at {self.commit}"
 
     def files(self, work, wanted=None):
-        sizes = {path: size for path, size in self.sizes.items() if wanted is None or path in wanted}
-        missing = sum(size for path, size in sizes.items() if not (work / "parquet" / path).exists())
-        tokens = PARQUET_TOKEN_BYTES * sum(sizes.values())  # written while the parquet files are still there
+        sizes = {
+            path: size for path, size in self.sizes.items() if wanted is None or path in wanted
+        }
+        missing = sum(
+            size for path, size in sizes.items() if not (work / "parquet" / path).exists()
+        )
+        tokens = PARQUET_TOKEN_BYTES * sum(
+            sizes.values()
+        )  # written while the parquet files are still there
         if missing:
             corpus.check_disk(work, missing + tokens, "the parquet files and the token ids")
         return self.repo.fetch(self.commit, sizes, work / "parquet")
@@ -98,7 +116,9 @@ def manifest(paths):
         corpus.open_parquet(path, COLUMN)
         with open(path, "rb") as file:
             file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(4), "little")  # of the footer; then come 4 bytes "PAR1"
+            length = int.from_bytes(
+                file.read(4), "little"
+            )  # of the footer; then come 4 bytes "PAR1"
             file.seek(-8 - length, os.SEEK_END)
             digest.update(f"{hashlib.sha256(file.read()).hexdigest()}  {name}\n".encode())
     return digest.hexdigest()
@@ -111,14 +131,23 @@ def plan(source, work):
     """Return (parts, bytes of text), kept in plan.json: a run that goes on need not have the parquet files any more."""
     path = work / "plan.json"
     if not path.exists():
-        files = {name: corpus.open_parquet(file, COLUMN).metadata for name, file in source.files(work).items()}
-        found = {"rows": {name: meta.num_rows for name, meta in files.items()}, "text_bytes": sum(map(text_bytes, files.values()))}
+        files = {
+            name: corpus.open_parquet(file, COLUMN).metadata
+            for name, file in source.files(work).items()
+        }
+        found = {
+            "rows": {name: meta.num_rows for name, meta in files.items()},
+            "text_bytes": sum(map(text_bytes, files.values())),
+        }
         path.with_suffix(".part").write_text(json.dumps(found))
         os.replace(path.with_suffix(".part"), path)
     found = json.loads(path.read_text())
     parts, start = [], 0
     for name, rows in found["rows"].items():
-        parts += [Part(name, first, start + first, min(PART, rows - first)) for first in range(0, rows, PART)]
+        parts += [
+            Part(name, first, start + first, min(PART, rows - first))
+            for first in range(0, rows, PART)
+        ]
         start += rows
     return parts, found["text_bytes"]
 
@@ -127,7 +156,9 @@ def text_bytes(meta):
     """Bytes of a parquet file's texts before compression, about."""
     groups = (meta.row_group(i) for i in range(meta.num_row_groups))
     columns = (group.column(i) for group in groups for i in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == COLUMN)
+    return sum(
+        column.total_uncompressed_size for column in columns if column.path_in_schema == COLUMN
+    )
 
 
 def order_of(documents, val_fraction, seed):
@@ -145,10 +176,17 @@ def tokenize_all(parts, source, work, places, encoding, jobs):
         return
     files = source.files(work, {part.file for part in todo})
     documents = sum(part.count for part in parts)
-    progress = Progress("tokenizing", "documents", documents, documents - sum(part.count for part in todo))
+    progress = Progress(
+        "tokenizing", "documents", documents, documents - sum(part.count for part in todo)
+    )
     stop = threading.Event()
-    with ThreadPoolExecutor(jobs) as pool:  # threads suffice: tiktoken works outside of the interpreter's lock
-        running = [pool.submit(tokenize, part, files[part.file], work, places, encoding, progress, stop) for part in todo]
+    with ThreadPoolExecutor(
+        jobs
+    ) as pool:  # threads suffice: tiktoken works outside of the interpreter's lock
+        running = [
+            pool.submit(tokenize, part, files[part.file], work, places, encoding, progress, stop)
+            for part in todo
+        ]
         try:
             for done in as_completed(running):
                 done.result()
@@ -182,7 +220,9 @@ def tokenize(part, path, work, places, encoding, progress, stop):
 
 def encode(text, encoding):
     """Return a document's token ids and end-of-text, (tokens,) uint16; a literal <|endoftext|> is text."""
-    ids = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece, _ in corpus.pieces(text)]
+    ids = [
+        encoding.encode_to_numpy(piece, disallowed_special=()) for piece, _ in corpus.pieces(text)
+    ]
     return np.concatenate([*ids, [encoding.eot_token]]).astype("<u2")
 
 
@@ -201,15 +241,25 @@ def merge(parts, order, n_val, work, folder):
         digest, sizes = hashlib.sha256(), np.zeros(2, np.int64)
         with open(folder / f"{side}.bin", "wb") as file:
             for at in range(0, len(places), PART):
-                source = np.searchsorted(starts, places[at : at + PART], "right") - 1  # the part that each document is in
-                taken = {i: readers[i](count) for i, count in enumerate(np.bincount(source).tolist()) if count}
+                source = (
+                    np.searchsorted(starts, places[at : at + PART], "right") - 1
+                )  # the part that each document is in
+                taken = {
+                    i: readers[i](count)
+                    for i, count in enumerate(np.bincount(source).tolist())
+                    if count
+                }
                 sizes += sum(size for _, size in taken.values())
                 documents = {i: iter(ids) for i, (ids, _) in taken.items()}
                 block = np.concatenate([next(documents[i]) for i in source.tolist()])
                 digest.update(block)
                 file.write(block)
                 progress.add(len(source))
-        meta |= {f"{side}_tokens": int(sizes[0]), f"{side}_bytes": int(sizes[1]), f"{side}_sha256": digest.hexdigest()}
+        meta |= {
+            f"{side}_tokens": int(sizes[0]),
+            f"{side}_bytes": int(sizes[1]),
+            f"{side}_sha256": digest.hexdigest(),
+        }
         meta["documents"][side] = len(places)
     progress.close()
     return meta
@@ -245,7 +295,9 @@ def differences(meta, left_out):
     elif differ.get("documents", 0) > 0:
         why = "there are too many documents: files given twice, of another split or another version; the split is another one, too"
     elif total:
-        why = "as many documents, but not the same text: a mirror that changed it, or another version"
+        why = (
+            "as many documents, but not the same text: a mirror that changed it, or another version"
+        )
     else:
         why = "the same documents, but others of them are val: another order, --seed or --val-fraction"
     return differ, why
@@ -253,11 +305,15 @@ def differences(meta, left_out):
 
 def report(meta):
     for side in ("train", "val"):
-        print(f"{side}: {meta[f'{side}_tokens']:,} tokens, {meta[f'{side}_bytes']:,} bytes, {meta['documents'][side]:,} documents")
+        print(
+            f"{side}: {meta[f'{side}_tokens']:,} tokens, {meta[f'{side}_bytes']:,} bytes, {meta['documents'][side]:,} documents"
+        )
     if not meta["differences"]:
         print("the counts are nanoGPT's, so the split is, too")
     for key, difference in meta["differences"].items():
-        print(f"{key}: {abs(difference):,} {'more' if difference > 0 else 'fewer'} than nanoGPT's {KNOWN[key]:,}")
+        print(
+            f"{key}: {abs(difference):,} {'more' if difference > 0 else 'fewer'} than nanoGPT's {KNOWN[key]:,}"
+        )
     if meta["differences"]:
         print(f"likely because {meta['why']}")
 
@@ -265,7 +321,10 @@ def report(meta):
 def room_needed(work, nbytes):
     """Return the bytes of disk that tokenizing and writing the corpus still take; the fetched parquet files go in between."""
     tokens = TOKEN_BYTES * nbytes
-    there, parquet = (sum(path.stat().st_size for path in work.rglob(pattern)) for pattern in ("part-*.bin", "*.parquet"))
+    there, parquet = (
+        sum(path.stat().st_size for path in work.rglob(pattern))
+        for pattern in ("part-*.bin", "*.parquet")
+    )
     return max(tokens - there, 2 * tokens - there - parquet)
 
 
@@ -280,18 +339,26 @@ def build(source, out, settings, encoding, jobs):
     work = work_folder(out, identity)
     work.mkdir(parents=True, exist_ok=True)
     parts, nbytes = plan(source, work)
-    order, n_val = order_of(sum(part.count for part in parts), settings["val_fraction"], settings["seed"])
+    order, n_val = order_of(
+        sum(part.count for part in parts), settings["val_fraction"], settings["seed"]
+    )
     if n_val >= len(order):
         raise CorpusError(f"{len(order)} documents are too few to set {n_val} aside for val")
     merged = work / "merged"
     shutil.rmtree(merged, ignore_errors=True)  # of a run killed while it wrote them
-    corpus.check_disk(work, room_needed(work, nbytes), "the token ids (twice while they are put in order)")
+    corpus.check_disk(
+        work, room_needed(work, nbytes), "the token ids (twice while they are put in order)"
+    )
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     tokenize_all(parts, source, work, places, encoding, jobs)
     shutil.rmtree(work / "parquet", ignore_errors=True)
     merged.mkdir()
-    meta = identity | {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token, "split": "nanoGPT's: shuffled documents, val first"}
+    meta = identity | {
+        "vocab_size": encoding.n_vocab,
+        "eot_token": encoding.eot_token,
+        "split": "nanoGPT's: shuffled documents, val first",
+    }
     meta |= merge(parts, order, n_val, work, merged)
     meta["differences"], meta["why"] = differences(meta, source.left_out)
     (merged / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -302,28 +369,63 @@ def build(source, out, settings, encoding, jobs):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(__doc__, "python data/openwebtext/prepare.py --files 4 --out data/openwebtext-small", 0.0005, 2357)
+    parser = Parser(
+        __doc__,
+        "python data/openwebtext/prepare.py --files 4 --out data/openwebtext-small",
+        0.0005,
+        2357,
+    )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--source", metavar="REPO@REVISION", help=f"a data set on the Hub with parquet files (default: {SOURCE})")
-    where.add_argument("--parquet", type=Path, metavar="FOLDER", help="parquet files that you have, with a column 'text'")
-    parser.add_argument("--files", type=int, metavar="N", help="only the first N parquet files, some 113M tokens each (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="threads, some 0.2 GB each (default: all cores)")
+    where.add_argument(
+        "--source",
+        metavar="REPO@REVISION",
+        help=f"a data set on the Hub with parquet files (default: {SOURCE})",
+    )
+    where.add_argument(
+        "--parquet",
+        type=Path,
+        metavar="FOLDER",
+        help="parquet files that you have, with a column 'text'",
+    )
+    parser.add_argument(
+        "--files",
+        type=int,
+        metavar="N",
+        help="only the first N parquet files, some 113M tokens each (default: all)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="threads, some 0.2 GB each (default: all cores)",
+    )
     args = parser.parse_args(argv)
     check(args)
     out = args.out or Path(__file__).resolve().parent
-    settings = {"name": "openwebtext", "tokenizer": "gpt2", "val_fraction": args.val_fraction, "seed": args.seed, "files": args.files}
+    settings = {
+        "name": "openwebtext",
+        "tokenizer": "gpt2",
+        "val_fraction": args.val_fraction,
+        "seed": args.seed,
+        "files": args.files,
+    }
     given = args.force or args.source or args.parquet
     if not given and up_to_date(out, settings):
         return
     encoding = corpus.known_tokenizer("gpt2")
-    source = Folder(args.parquet, args.files) if args.parquet else Hub(args.source or SOURCE, args.files)
+    source = (
+        Folder(args.parquet, args.files) if args.parquet else Hub(args.source or SOURCE, args.files)
+    )
     if not args.force and up_to_date(out, settings | {"source": source.name}):
         return
     begun = time.monotonic()
     try:
         report(build(source, out, settings, encoding, args.jobs))
     except OSError as error:
-        raise CorpusError(f"cannot write {out}: {error.strerror or error}; the same command goes on") from error
+        raise CorpusError(
+            f"cannot write {out}: {error.strerror or error}; the same command goes on"
+        ) from error
     print(f"wrote {out} in {time.monotonic() - begun:.1f} s: vocabulary {encoding.n_vocab}")
 
 
@@ -338,7 +440,9 @@ def up_to_date(out, settings):
     if not corpus.is_finished(out, settings):
         return False
     source = json.loads((out / "meta.json").read_text(encoding="utf-8"))["source"]
-    shutil.rmtree(work_folder(out, settings | {"source": source}), ignore_errors=True)  # of a run killed at the very end
+    shutil.rmtree(
+        work_folder(out, settings | {"source": source}), ignore_errors=True
+    )  # of a run killed at the very end
     print(f"openwebtext is up to date in {out} (--force rebuilds it)")
     return True
 

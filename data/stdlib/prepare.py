@@ -9,26 +9,52 @@ import sys
 import sysconfig
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # corpus.py lies in data/, which is no package
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # corpus.py lies in data/, which is no package
 from corpus import Parser, build, list_files, one_line_errors
 
-FOLDERS_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+FOLDERS_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "__pycache__",
+}
 FILES_LEFT_OUT = ("html/entities.py", "_sysconfigdata", "config-")  # beginnings of relative names
 
 
 def stdlib_files():
     """Return {relative name: Path} of the standard library's own source files."""
     files = list_files([sysconfig.get_paths()["stdlib"]], FOLDERS_LEFT_OUT)
-    return {name: path for name, path in files.items() if name.endswith(".py") and not name.startswith(FILES_LEFT_OUT)}
+    return {
+        name: path
+        for name, path in files.items()
+        if name.endswith(".py") and not name.startswith(FILES_LEFT_OUT)
+    }
 
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(__doc__, "python data/stdlib/prepare.py --vocab-size 1024 --out data/stdlib-1024")
-    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="token ids (default: %(default)s)")
+    parser = Parser(
+        __doc__, "python data/stdlib/prepare.py --vocab-size 1024 --out data/stdlib-1024"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, metavar="N", help="token ids (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     out = args.out or Path(__file__).resolve().parent
-    build("stdlib", stdlib_files(), out, args.vocab_size, args.val_fraction, args.seed, force=args.force)
+    build(
+        "stdlib",
+        stdlib_files(),
+        out,
+        args.vocab_size,
+        args.val_fraction,
+        args.seed,
+        force=args.force,
+    )
 
 
 if __name__ == "__main__":
