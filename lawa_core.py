@@ -1,567 +1,1316 @@
-"""The averager: average the checkpoints of a training run, in memory, from file to file, or while it trains.
+"""The averager: average the checkpoints of a training run, in memory, file to file, or online.
 
 One sentence carries the file: an average is a row of weights over a trajectory,
 
     average = sum over steps s of  weight[s] * checkpoint[s]        (weights sum to 1)
 
-so LAWA (arXiv 2306.03241), SWA (1803.05407), EMA and decay-shaped merges (WSM, 2507.17634) differ only in the row. Rows come from
-lawa_schemes.py, checkpoints and trajectories, in whatever format, from lawa_files.py, and lawa_mix.py multiplies them, tile by tile. The
-sections follow the data: averages in memory, averages from file to file, search, online averages, command line. File work needs numpy
-alone; torch is imported by what needs it.
+so LAWA (arXiv 2306.03241), SWA (1803.05407), EMA and decay-shaped merges (WSM, 2507.17634) differ
+only in the row. The sections follow the data: 1 errors and progress, 2 schemes, 3 checkpoints in
+and out, 4 trajectories, 5 the engine, 6 averages, 7 search, 8 online averages, 9 command line.
+
+A scheme in lower case, `lawa(k=5)`, is a rule for weights; in upper case, `LAWA(model, k=5)`, it
+follows a model in training. Files are read and written with numpy alone; torch is imported where
+tensors are handed out or a .pt is read. Copy this file anywhere: it needs no other of its project.
 """
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
+import zipfile
+from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from lawa_files import (
-    ALLOW,
-    DTYPES,
-    FLOATS,
-    INDEXES,
-    SINGLES,
-    SUFFIXES,
-    Checkpoint,
-    Entry,
-    JobFailed,
-    LawaError,
-    Trajectory,
-    _as_entries,
-    _first_names,
-    _header,
-    _mismatches,
-    _open_all,
-    _open_safetensors,
-    _sidecar,
-    _some,
-    _tensor,
-    check as check,
-    checkpoint_name,
-    itemsize,
-    open_checkpoint,
-    open_trajectory,
-    replacing,
-    save,
-    step_of as step_of,
-)
-from lawa_mix import TILE, Mixer, _block, _layout, _narrow, _tiles, _widen
-from lawa_schemes import (
-    _positive,
-    decay as decay,
-    ema,
-    explicit as explicit,
-    in_steps as in_steps,
-    lawa,
-    newest,
-    parse_scheme as parse_scheme,
-    row,
-    scheme_dir as scheme_dir,
-    swa,
-    tokens as tokens,
-)
-
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
-# ---- 1. Averages in memory ----------------------------------------------------------------------------------------------------------
+# ---- 1. Errors and progress ----------------------------------------------------------------------
+
+class LawaError(ValueError):
+    """A mistake the user can mend: says what was expected, what came, and what to do."""
+
+
+class JobFailed(LawaError):
+    """The input was right and the work failed all the same: a full disk, a crashed validation."""
+
+
+def refuse(problems) -> None:
+    """Raise all problems, if there are any, as one line."""
+    if problems:
+        raise LawaError("; ".join(problems))
+
+
+@contextlib.contextmanager
+def explained(text: str):
+    """Whatever a broken file makes its reader raise, as one line that begins with `text`."""
+    try:
+        yield
+    except (LawaError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch.distributed's are no Exceptions
+        raise LawaError(f"{text} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
+
+
+def progress(total: float | None, desc: str = "", unit: str = "it", **options):
+    """A tqdm bar on a terminal; elsewhere a line every five seconds, none for shorter work.
+
+    Returns a context manager with `update(n)` and `set_postfix_str(text)`; silent without tqdm.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        silent = SimpleNamespace(n=0, update=lambda n: None, set_postfix_str=lambda text: None)
+        return contextlib.nullcontext(silent)
+    if not sys.stderr.isatty():
+        line = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
+        options = {"file": sys.stdout, "mininterval": 5, "delay": 5, "bar_format": line} | options
+    return tqdm(total=total, desc=desc, unit=unit, **options)
+
+
+# ---- 2. Schemes ----------------------------------------------------------------------------------
+# A scheme is a function from (available steps, target step) to relative weights {step: weight}.
+
+def some(steps) -> str:
+    """A few of many steps, for an error."""
+    if len(steps) <= 6:
+        return ", ".join(map(str, steps))
+    return f"{', '.join(map(str, steps[:3]))}, ..., {steps[-1]} ({len(steps)} steps)"
+
+
+def positive(**values) -> None:
+    """Refuse a value that is neither None nor a whole number of at least 1."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise LawaError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def latest(steps, at: int, start: int, every: int | None, anchor: int, k: int = 0) -> list[int]:
+    """The k latest (0: all) of the steps from `start` to `at`.
+
+    every: only those on the grid anchor + n * every, all of which must be there.
+    """
+    have = [step for step in steps if start <= step <= at]
+    if every is None or not have:
+        return have[-k:]
+    wanted = list(range(have[0] + (anchor - have[0]) % every, at + 1, every))[-k:]
+    missing = sorted(set(wanted) - set(have))
+    if missing:
+        raise LawaError(f"no checkpoint at step {missing[0]}, which an average at step {at} with "
+                        f"spacing {every} needs; there are {some(have)}; use a spacing that is a "
+                        "multiple of the checkpoint interval")
+    return wanted
+
+
+class Scheme:
+    """What the schemes share: counts and durations in steps are whole numbers of at least 1."""
+
+    def __post_init__(self):
+        counts = ("k", "spacing", "every", "window")
+        positive(**{name: getattr(self, name) for name in counts if hasattr(self, name)})
+
+
+@dataclass(frozen=True)
+class newest(Scheme):
+    """The run itself."""
+
+    def __call__(self, steps, at):
+        return {at: 1.0}
+
+
+@dataclass(frozen=True)
+class lawa(Scheme):
+    """Latest weight averaging: the mean of the k latest checkpoints (arXiv 2306.03241, 2209.14981).
+
+    spacing: steps between them; None: the k latest there are. start: no earlier step counts; before
+    it the average is the run itself. A window part full divides by what it holds.
+    """
+    k: int
+    spacing: int | None = None
+    start: int = 0
+
+    def __call__(self, steps, at):
+        window = latest(steps, at, self.start, self.spacing, at, self.k)
+        return dict.fromkeys(window, 1.0) or {at: 1.0}
+
+
+@dataclass(frozen=True)
+class swa(Scheme):
+    """Stochastic weight averaging: the mean of every `every`-th step since `start` (1803.05407)."""
+    start: int = 0
+    every: int | None = None
+
+    def __call__(self, steps, at):
+        window = latest(steps, at, self.start, self.every, self.start)
+        return dict.fromkeys(window, 1.0) or {at: 1.0}
+
+
+@dataclass(frozen=True)
+class ema(Scheme):
+    """Exponential moving average e <- beta e + (1 - beta) w, begun at the first w.
+
+    Updated every `every` steps since `start`; None: at every checkpoint.
+    """
+    beta: float
+    every: int | None = None
+    start: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.beta < 1:
+            raise LawaError(f"beta must be in [0, 1), got {self.beta!r}")
+
+    def __call__(self, steps, at):
+        window = latest(steps, at, self.start, self.every, self.start)
+        weights = {step: (1 - self.beta) * self.beta ** age for age, step in enumerate(window[::-1])}
+        if weights:
+            weights[window[0]] = self.beta ** (len(window) - 1)
+        return weights or {at: 1.0}
+
+
+SHAPES = {  # share of the learning rate that is left, over the share of the decay that is done
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+}
+
+
+@dataclass(frozen=True)
+class decay(Scheme):
+    """Merge weights that emulate a learning-rate decay over the last `window` steps (2507.17634).
+
+    With theta_0 ... theta_n in the window and the curve w_j = shape(j / (n + 1)): c_n = w_n,
+    c_j = w_j - w_{j+1}, c_0 = 1 - w_1; a linear decay is the uniform mean. shape: "linear",
+    "cosine", "1-sqrt" or a function of x in [0, 1].
+    """
+    window: int
+    shape: str | Callable[[float], float] = "1-sqrt"
+    every: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.shape) and self.shape not in SHAPES:
+            raise LawaError(f"shape must be {', '.join(SHAPES)} or a function, got {self.shape!r}")
+
+    def __call__(self, steps, at):
+        window = latest(steps, at, max(at - self.window, min(steps)), self.every, at)
+        shape = self.shape if callable(self.shape) else SHAPES[self.shape]
+        curve = [float(shape(j / len(window))) for j in range(1, len(window))]
+        falls = [before - after for before, after in pairwise([1.0, *curve, 0.0])]
+        return dict(zip(window, falls, strict=True))
+
+
+@dataclass(frozen=True)
+class explicit(Scheme):
+    """Given weights, the last for the newest checkpoint, divided by their sum.
+
+    A checkpoint of weight zero is not read; a negative weight extrapolates.
+    """
+    weights: tuple[float, ...]
+    spacing: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+        if not 1e-12 < abs(math.fsum(self.weights)) < math.inf:
+            raise LawaError(f"weights must be finite, with a sum other than 0, got {self.weights}")
+
+    def __call__(self, steps, at):
+        window = latest(steps, at, 0, self.spacing, at, len(self.weights))
+        if len(window) < len(self.weights):
+            raise LawaError(f"{len(self.weights)} weights need as many checkpoints up to step {at}; "
+                            f"there are {len(window)}")
+        return dict(zip(window, self.weights, strict=True))
+
+
+SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay, explicit)}
+
+
+def parse_scheme(text: str):
+    """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, not run."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call):
+            return SCHEMES[call.id]()
+        args = [ast.literal_eval(arg) for arg in call.args]
+        keywords = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        return SCHEMES[call.func.id](*args, **keywords)
+    except LawaError as error:
+        raise LawaError(f"scheme {text!r}: {error}") from None
+    except (SyntaxError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LawaError(f"scheme {text!r} not understood ({error}); expected one like lawa(k=5, "
+                        "spacing=100), swa(start=0, every=10), ema(beta=0.99), decay(window=1000, "
+                        "shape='1-sqrt'), explicit([0.2, 0.8]), newest") from None
+
+
+def scheme_dir(text: str) -> str:
+    """The one name of the folder that holds a scheme's averages: "ema(0.99)" -> "ema-0.99"."""
+    return re.sub(r"[^\w.=-]+", "-", text).strip("-")
+
+
+def tokens(n: float, per_step: int) -> int:
+    """A duration of `n` tokens in steps of `per_step` tokens; LawaError unless it is whole."""
+    positive(per_step=per_step)
+    if n % per_step:
+        raise LawaError(f"{n:g} tokens are {n / per_step:.3f} steps of {per_step} tokens; expected "
+                        f"a multiple, such as {round(n / per_step) * per_step}")
+    return int(n // per_step)
+
+
+class Row:
+    """How the average of `scheme` at step `at` is made of the steps there are: in their order,
+
+        sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
+
+    keep is 1 and the adds are relative weights, so a mean is a sum with one division; only an EMA
+    has its beta there, so that its row at the next target can go on from this one's sum, as SWA's
+    does (see `chain`). weights: {step: weight}, ascending, without zeros, summing to 1.
+    """
+
+    def __init__(self, scheme, steps, at: int):
+        if at not in steps:
+            raise LawaError(f"no checkpoint at step {at}; there are {some(steps)}")
+        relative = {step: float(weight) for step, weight in sorted(scheme(steps, at).items())}
+        total = math.fsum(relative.values())
+        if not set(relative) <= set(steps) or not 1e-12 < abs(total) < math.inf:
+            raise LawaError(f"{scheme} gives weights that sum to {total} over steps "
+                            f"{some(list(relative))}; expected another sum, on available steps")
+        self.add = {step: weight for step, weight in relative.items() if weight}
+        self.weights = {step: weight / total for step, weight in self.add.items()}
+        self.keep, self.total = 1.0, np.longdouble(0)
+        if isinstance(scheme, ema) and len(self.weights) > 1:
+            self.keep, self.add = scheme.beta, dict.fromkeys(relative, 1.0)
+            self.add[min(relative)] = 1 / (1 - scheme.beta)
+        for add in self.add.values():
+            self.total = self.keep * self.total + add
+        self.newest = max(self.add)
+        self.todo = self.add  # what is to be added to the sum of the row before, or to none
+        self.goes_on = self.kept = False  # from the sum of the row before; for the row after
+
+
+def chain(rows: list[Row]) -> list[Row]:
+    """Let each row go on from the sum of the row before it, if it begins as that one did."""
+    for before, this in pairwise(rows):
+        begun, own = list(before.add.items()), list(this.add.items())
+        if len(begun) > 1 and before.keep == this.keep and own[:len(begun)] == begun:
+            this.goes_on = before.kept = True
+            this.todo = dict(own[len(begun):])
+    return rows
+
+
+def row(scheme, steps, at: int) -> dict[int, float]:
+    """The scheme's weights {step: weight} at step `at`: ascending, without zeros, summing to 1."""
+    return Row(scheme, steps, at).weights
+
+
+# ---- 3. Checkpoints in and out -------------------------------------------------------------------
+
+# safetensors' code: (numpy's storage type, torch's name). numpy has no bfloat16: uint16 holds it.
+DTYPES = {
+    "F64": ("<f8", "float64"), "F32": ("<f4", "float32"), "F16": ("<f2", "float16"),
+    "BF16": ("<u2", "bfloat16"), "I64": ("<i8", "int64"), "I32": ("<i4", "int32"),
+    "I16": ("<i2", "int16"), "I8": ("<i1", "int8"), "U8": ("<u1", "uint8"), "U16": ("<u2", "uint16"),
+    "U32": ("<u4", "uint32"), "U64": ("<u8", "uint64"), "BOOL": ("?", "bool"),
+}
+CODES = {f"torch.{name}": code for code, (_, name) in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")  # averaged; all others are copied from the newest checkpoint
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SINGLES = ("model.safetensors", "pytorch_model.bin")  # the weights of a Hugging Face folder
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+COPIED = ("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt",
+          "special_tokens_map.json", "added_tokens.json", "chat_template*")  # beside the weights
+NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
+WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
+# Causal masks, their fill value and rotary frequencies: some of a model's revisions have them.
+BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
+
+class Stored:
+    """One tensor of a checkpoint, not yet read; tied names share one.
+
+    dtype: torch's, or safetensors' code; read(start, stop): its bytes, row-major, not to be changed.
+    """
+
+    def __init__(self, dtype, shape, path, read: Callable[[int, int], np.ndarray]):
+        self.dtype = CODES.get(str(dtype), str(dtype))
+        if self.dtype not in DTYPES:
+            raise LawaError(f"{path}: a tensor of type {dtype} cannot be averaged; expected "
+                            f"{', '.join(DTYPES)}")
+        self.shape, self.path, self.read = tuple(shape), str(path), read
+        self.itemsize, self.numel = np.dtype(DTYPES[self.dtype][0]).itemsize, math.prod(shape)
+        self.nbytes = self.numel * self.itemsize
+
+    def tensor(self, data: np.ndarray):
+        """All its bytes as a torch.Tensor on the same memory."""
+        import torch
+        storage, name = DTYPES[self.dtype]
+        return torch.from_numpy(data.view(storage)).view(getattr(torch, name)).reshape(self.shape)
+
+
+class Checkpoint(UserDict):
+    """A lazy mapping name -> torch.Tensor (a fresh CPU copy at every look-up), opened by header.
+
+    data: {name: Stored}; metadata: the header's strings.
+    """
+
+    def __init__(self, path, stored: Mapping[str, Stored], metadata: Mapping | None = None):
+        self.path, self.data, self.metadata = Path(path), dict(stored), dict(metadata or {})
+        if not stored:
+            raise LawaError(f"{path} holds no tensors; expected a model's weights")
+
+    def __getitem__(self, name):
+        stored = self.data[name]
+        return stored.tensor(stored.read(0, stored.nbytes).copy())
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: stored.dtype for name, stored in self.data.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple]:
+        return {name: stored.shape for name, stored in self.data.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in set(self.data.values()))
+
+    @functools.cached_property
+    def ties(self) -> dict[str, str]:
+        """{further name: first name} of tied tensors."""
+        first = {stored: name for name, stored in reversed(self.data.items())}
+        return {name: first[s] for name, s in self.data.items() if first[s] != name}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over 64 bytes from the middle of every tensor: equal for identical weights."""
+        digest = hashlib.sha256()
+        for name in sorted(self.data.keys() - self.ties.keys()):
+            middle = max(self.data[name].nbytes - 64, 0) // 16 * 8
+            digest.update(name.encode())
+            digest.update(self.data[name].read(middle, min(middle + 64, self.data[name].nbytes)))
+        return digest.hexdigest()
+
+    def equals(self, other: Checkpoint) -> bool:
+        """Whether both are the same, byte for byte; stops at the first difference."""
+        if self.dtypes != other.dtypes or self.shapes != other.shapes:
+            return False
+        for name, stored in self.data.items():
+            for start in range(0, stored.nbytes, 1 << 20):
+                place = start, min(start + (1 << 20), stored.nbytes)
+                if not np.array_equal(stored.read(*place), other.data[name].read(*place)):
+                    return False
+        return True
+
+
+def open_checkpoint(path, key: str | None = None) -> Checkpoint:
+    """Open .safetensors, .pt/.pth/.bin/.ckpt, or a Hugging Face or torch distributed folder.
+
+    key: where a nested .pt or distributed checkpoint holds its weights; default `model`,
+    `state_dict`, `model_state_dict`, `module`, or at the top. Wrappers' prefixes `_orig_mod.` and
+    `module.` in front of all names are stripped. Reads the header; only tensors are unpickled.
+    Errors: LawaError for a missing, truncated, corrupt or unsafe file, naming it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise LawaError(f"no such checkpoint: {path}")
+    if (path / ".metadata").exists():
+        found = open_distributed(path, key)
+    elif path.is_dir():
+        found = open_hf(path, key)
+    else:
+        found = open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path, key)
+    bare = [WRAPPERS.sub("", name) for name in found]
+    twice = [name for name, count in Counter(bare).items() if count > 1]
+    if twice:
+        raise LawaError(f"{path} holds {twice[0]} with and without a wrapper's prefix; keep one")
+    if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
+        found.data = dict(zip(bare, found.data.values(), strict=True))
+    return found
+
+
+def open_hf(path: Path, key: str | None) -> Checkpoint:
+    """A Hugging Face folder: several files with an index, or one."""
+    index = next((path / name for name in INDEXES if (path / name).exists()), None)
+    files, places = [name for name in SINGLES if (path / name).exists()][:1], {}
+    if index:
+        with explained(f"{index}: corrupt index"):
+            places = dict(json.loads(index.read_text())["weight_map"].items())
+            files = sorted(set(places.values()))
+            lost = [file for file in files if Path(file).name != file or not (path / file).is_file()]
+        if lost:
+            raise LawaError(f"{path}: missing shard {', '.join(lost)}, named in {index.name}; fetch "
+                            "it again")
+    if not files:
+        raise LawaError(f"{path} is no checkpoint: expected one of "
+                        f"{', '.join((*SINGLES, *INDEXES, '.metadata'))} in it")
+    stored, metadata, found = {}, {}, {}
+    for file in files:
+        part = open_checkpoint(path / file, key)
+        found |= dict.fromkeys(part, file)
+        stored |= part.data
+        metadata |= part.metadata
+    if index and found != places:
+        stale = next(name for name in (*places, *found) if places.get(name) != found.get(name))
+        raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
+    for name in [name for name in stored if BUFFERS.search(name)]:
+        if len(stored[name].shape) != 1 or "inv_freq" in name:  # a learned bias has one axis
+            del stored[name]
+    return Checkpoint(path, stored, metadata)
+
+
+def stamp(file) -> tuple[int, int, int]:
+    """What changes when a file does: (inode, size in bytes, time of change)."""
+    stat = os.stat(file)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> np.ndarray:
+    """Bytes [start, stop) behind `offset`, fresh, of a file that still has the stamp `known`."""
+    out, done = np.empty(stop - start, np.uint8), 0
+    try:
+        with open(path, "rb", buffering=0) as file:  # for every tile: a few of 100 microseconds
+            if stamp(file.fileno()) != known:
+                raise LawaError(f"{path} changed while it was read; wait until its writer is done")
+            while done < len(out):  # a read may come back short
+                done += (count := os.preadv(file.fileno(), [out[done:]], offset + start + done))
+                if not count:
+                    raise LawaError(f"{path} is truncated: it ends in a tensor; copy it again")
+    except OSError as error:
+        raise LawaError(f"cannot read {path} ({error.strerror})") from None
+    return out
+
+
+def open_safetensors(path: Path) -> Checkpoint:
+    """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors."""
+    known, stored = stamp(path), {}
+    size = known[1]
+    with open(path, "rb") as file, explained(f"{path}: corrupt safetensors header; copy it again"):
+        base = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little")
+        if base > size:
+            raise LawaError(f"{path} is truncated or no safetensors file: {size} bytes, expected "
+                            f"a header of {base}")
+        header = json.loads(file.read(base - 8))
+        metadata = header.pop("__metadata__", {})
+        for name, info in header.items():
+            start, stop = info["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*info["shape"], start))
+            read = functools.partial(read_file, path, known, base + start)
+            stored[name] = Stored(info["dtype"], info["shape"], path, read)
+            if not whole or stop - start != stored[name].nbytes:
+                raise ValueError(f"{name!r}: type, shape and offsets disagree")
+            if base + stop > size:
+                raise LawaError(f"{path} is truncated: its header promises {base + stop} bytes, "
+                                f"there are {size}; copy it again")
+        ties = json.loads(metadata.get("ties", "{}"))
+        stored |= {name: stored[kept] for name, kept in ties.items() if kept in stored} | stored
+    return Checkpoint(path, stored, metadata)
+
+
+def open_torch(path: Path, key: str | None) -> Checkpoint:
+    """A file of torch.save, its tensors mapped, with the weights at the top or under a key."""
+    import torch
+    try:
+        mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
+        blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        if unsafe:
+            raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run "
+                            "code; save the state dict alone") from None
+        reason = (str(error) or "empty").splitlines()[0]
+        if "weights_only" in reason:  # torch goes on to advise what would run the file's code
+            reason = "no file of tensors"
+        raise LawaError(f"{path}: not a readable torch checkpoint ({reason}); copy it again") from None
+    if not isinstance(blob, Mapping) or (key and not isinstance(blob.get(key), Mapping)):
+        held = ", ".join(map(str, blob)) if isinstance(blob, Mapping) else type(blob).__name__
+        raise LawaError(f"{path} holds {held[:200]}; expected a state dict" + f" under {key!r}" * bool(key))
+    key = key or next((name for name in NESTED if isinstance(blob.get(name), Mapping)), None)
+    found = from_memory(blob[key] if key else blob, path)
+    if sidecar(path).exists():
+        found.metadata["lawa"] = sidecar(path).read_text()
+    return found
+
+
+def from_memory(tensors: Mapping, origin) -> Checkpoint:
+    """{name: torch tensor or numpy array} as a checkpoint, read where it lies, not copied.
+
+    What is no tensor is passed over: step counters beside the weights are no weights.
+    """
+    import torch
+    kept = {name: torch.as_tensor(value).detach() for name, value in tensors.items()
+            if isinstance(value, (torch.Tensor, np.ndarray))}
+    stored = {}
+    for name, first in first_names(kept).items():
+        read = functools.partial(read_tensor, kept[name])
+        stored[name] = stored.get(first) or Stored(kept[name].dtype, kept[name].shape, origin, read)
+    return Checkpoint(origin, stored)
+
+
+def first_names(tensors: Mapping) -> dict[str, str]:
+    """{name: the first name of the same place in memory}: tied tensors have one."""
+    seen, first = {}, {}
+    for name, t in tensors.items():
+        place = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
+        first[name] = seen.setdefault(place, name) if t.numel() else name
+    return first
+
+
+def read_tensor(tensor, start: int, stop: int) -> np.ndarray:
+    """Bytes [start, stop) of a tensor, which may lie in a mapped file, on a device, or with gaps."""
+    import torch
+    first, last = start // tensor.element_size(), stop // tensor.element_size()
+    if tensor.is_contiguous():
+        values = tensor.view(-1)[first:last]
+    else:  # gathered, a few at a time: an index takes 8 bytes a value and axis
+        places = torch.arange(first, last, device=tensor.device).split(1 << 13)
+        values = torch.cat([tensor[torch.unravel_index(some, tensor.shape)] for some in places])
+    return values.cpu().view(torch.uint8).numpy()
+
+
+def open_distributed(folder: Path, key: str | None) -> Checkpoint:
+    """torch.distributed.checkpoint: pieces in .distcp files, put together a tensor at a time."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    with explained(f"{folder}: not a readable distributed checkpoint"):
+        index = unpickled_index(folder / ".metadata")
+        tensors = {name: info for name, info in index.state_dict_metadata.items()
+                   if hasattr(info, "chunks")}
+        paths = {name: tuple(map(str, (index.planner_data or {}).get(name, (name,))))
+                 for name in tensors}  # such as ("model", "wte.weight")
+    nested = {path[0] for path in paths.values() if len(path) > 1}
+    key = key or next((name for name in NESTED if name in nested), None)
+
+    held = {}  # the one tensor of which tile after tile is read
+
+    def read(name, start, stop):
+        tensor = held.get(name)
+        if tensor is None:
+            held.clear()
+            tensor = torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype)
+            with explained(f"{folder}: cannot read {name}"):
+                dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
+            held[name] = tensor
+        return read_tensor(tensor, start, stop)
+    stored = {}
+    for name, path in paths.items():
+        if key in (None, path[0]):
+            info, reader = tensors[name], functools.partial(read, name)
+            stored[".".join(path[1:] if key else path)] = Stored(
+                info.properties.dtype, info.size, folder, reader)
+    return Checkpoint(folder, stored)
+
+
+def unpickled_index(path: Path):
+    """A distributed checkpoint's index is a pickle: only these classes are let in; none runs code."""
+    import pickle
+
+    import torch
+    dtypes = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
+    plain = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+            "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",), "torch": ("Size", *dtypes),
+        "collections": ("OrderedDict",), "pathlib": ("PosixPath", "WindowsPath"),
+    }
+
+    class Index(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name not in plain.get(module, ()):
+                raise LawaError(f"{path}: refused, it holds {module}.{name}, and unpickling that "
+                                "could run code")
+            return super().find_class(module, name)
+    with open(path, "rb") as file:
+        return Index(file).load()
+
+
+def plan_file(stored: Mapping[str, Stored], ties: Mapping[str, str], metadata: Mapping):
+    """A safetensors file's (header, {name: offset}, size); widest types first keeps all aligned."""
+    table, offset = {}, 0
+    for name in sorted(stored, key=lambda name: -stored[name].itemsize):
+        place = offset, offset + stored[name].nbytes
+        table[name] = {"dtype": stored[name].dtype, "shape": stored[name].shape, "data_offsets": place}
+        offset = place[1]
+    own = {"ties": json.dumps(ties)} if ties else {}
+    text = json.dumps({"__metadata__": {"format": "pt", **metadata, **own}} | table).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    offsets = {name: base + info["data_offsets"][0] for name, info in table.items()}
+    return len(text).to_bytes(8, "little") + text, offsets, base + offset
+
+
+@contextlib.contextmanager
+def replacing(path) -> Iterator[Path]:
+    """A hidden name beside `path` to write a file or folder to: renamed to `path` on success,
+    removed on failure, so that nothing half-written is ever seen.
+
+    Errors: JobFailed, naming `path`, where the system refuses (disk full, no permission).
+    """
+    path = Path(path)
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+
+    def remove(part):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(left.name.split(".")[-2]), 0)
+            except ProcessLookupError:  # who wrote it was killed
+                remove(left)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise JobFailed(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        remove(part)
+
+
+def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+    """Write {name: torch.Tensor or numpy array} to .safetensors (with `metadata`) or .pt.
+
+    Atomic; tied tensors are written once; nothing is mutated.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise LawaError(f"{path}: unknown kind of file; expected a name that ends in one of "
+                        f"{', '.join(SUFFIXES)}")
+    with replacing(path) as part, open(part, "wb") as file:
+        if path.suffix != ".safetensors":
+            import torch
+            torch.save({name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                        for name, value in tensors.items()}, file)
+            return
+        found = from_memory(tensors, path)
+        kept = {name: s for name, s in found.data.items() if name not in found.ties}
+        header, offsets, _ = plan_file(kept, found.ties, metadata or {})
+        file.write(header)
+        for name in offsets:
+            file.write(kept[name].read(0, kept[name].nbytes))
+
+
+def sidecar(path: Path) -> Path:
+    """Where an averaged .pt, which has no header, keeps its provenance."""
+    return path.with_name(f"{path.name}.lawa.json")
+
+
+# ---- 4. Trajectories -----------------------------------------------------------------------------
+
+NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|training_args|trainer|resume|^\.", re.IGNORECASE)
+ALLOW = ("nonfinite", "duplicates", "averages")  # what an average may be forced to accept
+SOURCES: dict[str, Callable] = {}  # "hub": opens what stands behind "hub:"; lab.hub puts it in
+
+
+def checkpoint_name(step: int) -> str:
+    """The one name of a checkpoint's file; `step_of` reads it back."""
+    return f"ckpt_{step}.safetensors"
+
+
+def step_of(path) -> int | None:
+    """The step in a path's name: the number after step, iter, ckpt or checkpoint, else the last."""
+    path = Path(path)
+    stem = path.stem if path.suffix in SUFFIXES else path.name
+    if re.fullmatch(r"(pytorch_)?model|consolidated|weights", stem):  # step1000/model.safetensors
+        stem = path.absolute().parent.name
+    named = re.findall(r"(?:step|iter|ckpt|checkpoint)s?[-_=]?(\d+)", stem, re.IGNORECASE)
+    numbers = named or re.findall(r"\d+", stem)
+    return int(numbers[-1]) if numbers else None
+
+
+class Trajectory:
+    """The checkpoints of one run in order: `steps` ascending, `trajectory[step]` opens one.
+
+    `sources` maps a step to a path, or to a function that opens its checkpoint wherever it is.
+    """
+    allow: tuple | list = ()  # some of ALLOW
+
+    def __init__(self, sources: Mapping[int, Path | Callable], name="the list", key=None):
+        self.sources, self.name, self.key = dict(sorted(sources.items())), name, key
+
+    @property
+    def steps(self) -> list[int]:
+        return list(self.sources)
+
+    def __len__(self):
+        return len(self.sources)
+
+    def __getitem__(self, step) -> Checkpoint:
+        if step not in self.sources:
+            raise LawaError(f"no checkpoint at step {step} in {self.name}; there are {some(self.steps)}")
+        source = self.sources[step]
+        return source() if callable(source) else open_checkpoint(source, self.key)
+
+    def expect(self, steps) -> None:
+        """A hook: these steps will be asked for, in this order; what is far can be fetched ahead."""
+
+    def release(self, step: int) -> None:
+        """A hook: this step will not be asked for again; what was fetched can go."""
+
+    def config_dir(self) -> Path:
+        """The folder where the newest checkpoint's config and tokenizer are."""
+        path = self[self.steps[-1]].path
+        return path if path.is_dir() else path.parent
+
+
+def open_trajectory(source, key: str | None = None) -> Trajectory:
+    """Open a run folder, a folder of step folders (step1000/, checkpoint-500/), a glob, a list of
+    checkpoint paths, or what SOURCES knows, such as "hub:EleutherAI/pythia-1b-deduped".
+
+    Steps come from the names, in numeric order. In a folder, what names no step (a `latest` link,
+    ckpt_best.pt), optimizer files and hidden files are passed over; in a list they are errors,
+    unless no name has a step: then the order given counts.
+    Errors: LawaError for nothing found, a name without a step, two files of one step.
+    """
+    if isinstance(source, Trajectory):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        kind, _, rest = str(source).partition(":")
+        if kind in SOURCES:
+            return SOURCES[kind](rest)
+        if kind == "hub":
+            raise LawaError(f"{source}: the Hub is reached by the command `lawa`, and after `import "
+                            "lab.hub`; this file alone reads local checkpoints")
+        path = Path(source)
+        paths, name = [path], path.name
+        if not path.exists():
+            paths = [match for match in map(Path, glob.glob(str(source))) if is_checkpoint(match)]
+        elif path.is_dir() and not is_checkpoint(path):
+            paths = [p for p in path.iterdir() if step_of(p) is not None and is_checkpoint(p)]
+    else:
+        paths, name = [Path(path) for path in source], "the list"
+    if not paths:
+        raise LawaError(f"no checkpoints in {source}; expected files such as {checkpoint_name(1000)} "
+                        "or folders such as step1000/")
+    steps = [step_of(path) for path in paths]
+    if all(step is None for step in steps):
+        steps = list(range(1, len(paths) + 1))
+    found: dict[int, Path] = {}
+    for step, path in zip(steps, paths, strict=True):
+        if step is None:
+            raise LawaError(f"{path} names no step while others do; expected names such as "
+                            f"{checkpoint_name(1000)}")
+        if step in found and not (path.exists() and path.samefile(found[step])):
+            raise LawaError(f"two checkpoints for step {step}: {found[step]} and {path}; keep one")
+        found[step] = path
+    return Trajectory(found, name, key)
+
+
+def is_checkpoint(path: Path) -> bool:
+    if NOT_WEIGHTS.search(path.name):
+        return False
+    if path.is_file():
+        return path.suffix in SUFFIXES
+    return any((path / name).exists() for name in (*SINGLES, *INDEXES, ".metadata"))
+
+
+def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
+    """Names, shapes and kinds that differ from the newest checkpoint's, a line each."""
+    found = []
+    for name in sorted(checkpoint.keys() ^ newest.keys())[:6]:
+        what = "extra: not" if name in checkpoint else "missing: it is"
+        found.append(f"tensor {name} is {what} in {newest.path}")
+    for name in sorted(checkpoint.keys() & newest.keys()):
+        ours, theirs = checkpoint.data[name], newest.data[name]
+        if ours.shape != theirs.shape:
+            found.append(f"{name} has shape {list(ours.shape)}, expected {list(theirs.shape)} as in "
+                         f"{newest.path}")
+        elif ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= set(FLOATS):
+            found.append(f"{name} is {ours.dtype}, expected {theirs.dtype} as in {newest.path}")
+    return [f"{checkpoint.path}: {problem}" for problem in found]
+
+
+def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Checkpoint], list[str]]:
+    """The checkpoints that can be opened, and what is wrong with them as a set, a line each."""
+    unknown = sorted(set(allow) - set(ALLOW))
+    if unknown:
+        raise LawaError(f"unknown permission {', '.join(unknown)}; expected some of {', '.join(ALLOW)}")
+    opened, problems, averages, first = {}, [], [], {}
+    for step in sorted(steps):
+        try:
+            opened[step] = trajectory[step]
+        except LawaError as error:
+            problems.append(str(error))
+    for checkpoint in opened.values():
+        problems += mismatches(checkpoint, opened[max(opened)])
+        if "lawa" in checkpoint.metadata:
+            averages.append(str(checkpoint.path))
+        if "duplicates" not in allow:
+            twin = first.setdefault(checkpoint.fingerprint, checkpoint)
+            if twin is not checkpoint and twin.equals(checkpoint):
+                problems.append(f"{twin.path} and {checkpoint.path} hold identical weights, so one "
+                                "is a wrong file; leave it out (or --allow duplicates)")
+    if "averages" not in allow and 0 < len(averages) < len(opened):
+        problems.append(f"{', '.join(averages)} already an average, says its header, among "
+                        "checkpoints that are none; leave it out (or --allow averages)")
+    return opened, problems
+
+
+def check(source, key: str | None = None) -> list[str]:
+    """Every problem of a trajectory as text: what averaging would refuse, and gaps in its steps."""
+    trajectory = open_trajectory(source, key)
+    _, problems = open_steps(trajectory, trajectory.steps)
+    usual = np.median(np.diff(trajectory.steps)) if len(trajectory) > 2 else math.inf
+    for a, b in pairwise(trajectory.steps):
+        if b - a > usual:
+            problems.append(f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} apart")
+    return problems
+
+
+# ---- 5. The engine -------------------------------------------------------------------------------
+# One loop makes every average: for each tile of each tensor, read it in every checkpoint, make all
+# rows of it, write it. A value of an average depends on the same value of its checkpoints alone, in
+# one order, so the bits are the same for any tile, any number of threads, and any route here.
+
+TILE = 1 << 21  # bytes of doubles of one checkpoint at a time; in smaller ones threads fight for
+IN_MEMORY = 1 << 26  # Python's lock. With many checkpoints they shrink, to so many bytes in all.
+
+
+def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, Stored],
+        write: Callable, *, sums: dict | None = None, allow=(), threads: int | None = None,
+        tile: int = TILE, progress: Callable | None = None) -> None:
+    """Make every row of the opened checkpoints, and call write(row number, tensor, offset, bytes).
+
+    wanted: names, types and shapes of the averages. Floats are summed in double (long double for
+    float64) and rounded once; a lone checkpoint's bytes are taken as they are; what is no float
+    comes from the newest of the row. sums: of a single row {tensor: (numel,) double}, from which
+    it goes on, and where it leaves its own. write is called on several threads, progress with
+    (bytes read, bytes in all). Errors: LawaError that names who made an average NaN or infinite.
+    """
+    threads = threads or os.cpu_count() or 1
+    np.empty(16 << 20, np.uint8)  # freed, it teaches glibc to keep a tile's memory for the next one
+    width = max(min(tile // 8, IN_MEMORY // (12 * threads * (len(opened) + 2))), 1)
+    tiles = [(name, start, min(start + width, stored.numel)) for name, stored in wanted.items()
+             for start in range(0, stored.numel, width)]
+    uses = Counter(step for this in rows for step in this.todo)
+    for name, stored in wanted.items():
+        if sums is not None and stored.dtype in FLOATS and not rows[0].goes_on:
+            sums[name] = np.empty(stored.numel, np.longdouble if stored.dtype == "F64" else float)
+
+    def make(place) -> tuple[int, list[str]]:
+        """One tile of every row; returns (bytes read, problems)."""
+        name, start, stop = place
+        dtype = wanted[name].dtype
+        wide = np.longdouble if dtype == "F64" else np.float64
+        raws, values, problems = {}, {}, []
+        for step, checkpoint in opened.items():
+            stored = checkpoint.data[name]
+            raws[step] = stored.read(start * stored.itemsize, stop * stored.itemsize)
+            if dtype in FLOATS:
+                values[step] = widen(raws[step], stored.dtype)
+                if uses[step] > 2:  # then once, instead of at every addition
+                    values[step] = values[step].astype(wide)
+        total = sums[name][start:stop] if sums and dtype in FLOATS else np.empty(stop - start, wide)
+        for m, this in enumerate(rows):
+            data = raws[this.newest]
+            lone = len(this.add) == 1 and opened[this.newest].data[name].dtype == dtype
+            if dtype in FLOATS and not (lone and sums is None):
+                begun = this.goes_on
+                for step, add in this.todo.items():
+                    if not begun:
+                        np.multiply(values[step], add, out=total, dtype=wide)
+                        begun = True
+                        continue
+                    if this.keep != 1:
+                        total *= this.keep
+                    total += values[step] if add == 1 else np.multiply(values[step], add, dtype=wide)
+                if not lone:
+                    data = narrow(total / wide(this.total), dtype)
+            if "nonfinite" not in allow and not finite(data, dtype):
+                bad = [step for step in this.add if step in opened
+                       and not finite(raws[step], opened[step].data[name].dtype)]
+                problems += [f"{opened[step].data[name].path}: {name} holds NaN or Inf; leave it "
+                             "out (or --allow nonfinite)" for step in bad]
+                if not bad:
+                    problems.append(f"{name} overflows {dtype} in the average; write it with a wider "
+                                    "--dtype")
+            write(m, name, start * wanted[name].itemsize, data)
+        return sum(map(len, raws.values())), problems
+
+    done, found = 0, set()
+    total = sum(checkpoint.data[name].nbytes for checkpoint in opened.values() for name in wanted)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for nbytes, problems in (pool.map if len(tiles) > 1 < threads else map)(make, tiles):
+            done += nbytes
+            found.update(problems)
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    refuse(sorted(found))
+
+
+def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of floats as an array that numpy can count with, exactly."""
+    if dtype == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return raw.view(DTYPES[dtype][0])
+
+
+def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as the bytes of a type, rounded once, to nearest even; numpy has no bfloat16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "BF16":
+            return values.astype(DTYPES[dtype][0]).view(np.uint8)
+        single = values.astype(np.float32)
+    bits = single.view(np.uint32)
+    # Rounding twice, to fp32 and to bf16, errs only where the first lands half-way between two
+    # bf16: there, step off to the side on which the value is.
+    half = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+    aside = np.sign(np.abs(values[half]) - np.abs(single[half]))
+    bits[half] += aside.astype(np.int32).view(np.uint32)
+    nan = np.isnan(single)
+    bits += ((bits >> 16) & 1) + 0x7FFF
+    bits[nan] = 0x7FC0 << 16
+    return (bits >> 16).astype("<u2").view(np.uint8)
+
+
+def finite(data: np.ndarray, dtype: str) -> bool:
+    if dtype == "BF16":
+        return bool((data.view("<u2") & 0x7FFF).max(initial=0) < 0x7F80)
+    return dtype not in FLOATS or bool(np.isfinite(data.view(DTYPES[dtype][0])).all())
+
+
+# ---- 6. Averages ---------------------------------------------------------------------------------
 
 def average(source, scheme=None, at: int | None = None, key: str | None = None) -> dict:
-    """The average of a trajectory as {name: torch.Tensor}, fresh, on the CPU, each tensor of the newest checkpoint's dtype.
+    """The average of a trajectory as {name: torch.Tensor}, fresh, on the CPU.
 
-    Args: source: what `open_trajectory` takes; scheme: default the uniform mean of everything up to `at`; at: step, default the newest;
-    key: as in `open_checkpoint`. Errors: LawaError for checkpoints that do not fit together, NaN, Inf.
+    source: what `open_trajectory` takes; scheme: default the uniform mean of all up to `at`; at:
+    step, default the newest. Each tensor has the newest checkpoint's dtype. Errors: LawaError for
+    checkpoints that do not fit together, NaN, Inf.
     """
     trajectory = open_trajectory(source, key)
-    weights = row(scheme or swa(), trajectory.steps, trajectory.steps[-1] if at is None else at)
-    return _merge(weights, _open_all(trajectory, weights))
+    this = Row(scheme or swa(), trajectory.steps, trajectory.steps[-1] if at is None else at)
+    opened, problems = open_steps(trajectory, this.add)
+    refuse(problems)
+    return state_dict(opened, this)
 
 
-def _merge(weights: Mapping[int, float], opened: Mapping[int, Checkpoint], allow=()) -> dict:
-    """The state dict of the checkpoints of one row, mixed tile by tile."""
-    opened = {step: opened[step] for step in weights}
-    entries, ties = _layout(opened)
-    data = {name: np.empty(entry.nbytes, np.uint8) for name, entry in entries.items()}
+def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums: dict | None = None, allow=()) -> dict:
+    """One row as {name: fresh torch.Tensor}."""
+    wanted, ties = layout(opened)
+    if sums is not None:  # what is tied now may not have been before
+        wanted, ties = opened[max(opened)].data, {}
+    data = {name: np.empty(stored.nbytes, np.uint8) for name, stored in wanted.items()}
 
-    def write(_, name, offset, mixed):
-        data[name][offset:offset + len(mixed)] = mixed
-    mixer = Mixer(opened, np.array([list(weights.values())]), entries, write, allow)
-    if problems := {problem for tile in _tiles(entries, TILE // 8) for problem in mixer(tile)}:
-        raise LawaError("; ".join(sorted(problems)))
-    state = {name: _tensor(raw, entries[name]) for name, raw in data.items()}
+    def write(_, name, start, part):
+        data[name][start:start + len(part)] = part
+    mix(opened, [this], wanted, write, sums=sums, allow=allow)
+    state = {name: wanted[name].tensor(raw) for name, raw in data.items()}
     return state | {name: state[kept] for name, kept in ties.items()}
 
 
-def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = None) -> Iterator[tuple[int, str, dict]]:
-    """Yield (step, name, {tensor name: fresh torch.Tensor}) for every target step in `at` (default: all) and every scheme, in step order.
+def layout(opened: Mapping[int, Checkpoint]) -> tuple[dict[str, Stored], dict[str, str]]:
+    """(tensors, ties) of an average: the newest's; what is tied in every checkpoint stays tied."""
+    newest = opened[max(opened)]
+    ties = {name: kept for name, kept in newest.ties.items()
+            if all(c.data[name] is c.data[kept] for c in opened.values())}
+    return {name: s for name, s in newest.data.items() if name not in ties}, ties
 
-    Each checkpoint is read once; dtypes are the newest checkpoint's of each row. Memory: the checkpoints of the widest open window, in
-    their own dtype; a scheme whose row at one target extends its row at the target before (EMA, SWA) keeps a sum in double instead.
+
+def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = None, *,
+          on_disk: bool = False, allow=ALLOW) -> Iterator[tuple[int, str, dict]]:
+    """Yield (step, name, {tensor: fresh torch.Tensor}) for every target step and scheme, in order.
+
+    at: targets, default all steps. Checkpoints are opened in order, read once, and let go after
+    their last window. Memory: the checkpoints of the widest open window, in their own dtype; for
+    a scheme whose rows go on from one another (EMA, SWA) one sum in double instead. on_disk:
+    windows are read from their files at every target. allow: as for `average_files`.
+    Errors: LawaError for checkpoints that do not fit together.
     """
     trajectory = open_trajectory(source, key)
     targets = trajectory.steps if at is None else sorted(at)
-    rows = {name: {target: row(scheme, trajectory.steps, target) for target in targets} for name, scheme in schemes.items()}
-    opened = _open_all(trajectory, {step for scheme in rows.values() for weights in scheme.values() for step in weights},
-                       ("duplicates", "averages"))
-    running = {name: _Running(scheme, *_layout(opened)) for name, scheme in rows.items() if _extending(scheme)}
-    keep = {step: max([t for name, scheme in rows.items() if name not in running for t in scheme if step in scheme[t]], default=0)
-            for step in opened}  # the last target whose window holds the step
-    held: dict[int, Checkpoint] = {}
-    for step in sorted({*opened, *targets}):
-        if step in opened:
-            held[step] = _in_memory(opened.pop(step))
-        for scheme in running.values() if step in held else ():
-            scheme.add(step, held[step])
-        for name in schemes if step in targets else ():
-            yield step, name, running[name].average(step) if name in running else _merge(rows[name][step], held, ALLOW)
-        held = {s: checkpoint for s, checkpoint in held.items() if keep[s] > step}
-
-
-def stream(source, schemes: Mapping[str, Callable], at=None, on_disk: bool = False, allow=()) -> Iterator[tuple[int, str, dict]]:
-    """`sweep` for checkpoints that are far away, or too big to open all at once: opened in order, let go after their last window.
-
-    Yields as `sweep` does, but a state is the caller's to read only, until the next is asked for. Memory: the checkpoints of the widest
-    window in their own dtype, of which the oldest makes room for the average; on_disk: the average alone, from files, tile by tile.
-    Errors: LawaError for checkpoints that do not fit together, or hold identical weights unless "duplicates" is in `allow`.
-    """
-    trajectory = open_trajectory(source)
-    rows, needed, last = _schedule(trajectory, schemes, at)
-    trajectory.expect(needed)
-    held, seen = {}, {}
-    for step in needed:
-        held[step] = trajectory[step] if on_disk else _in_memory(trajectory[step])
-        problems = list(_mismatches(held[step], held[min(held)]))
-        if (twin := seen.setdefault(held[step].sample, step)) != step and "duplicates" not in (*allow, *trajectory.allow):
-            problems.append(f"steps {twin} and {step} of {trajectory.name} hold identical weights, so one is a wrong file; leave it out, "
-                            f"or allow duplicates")
-        if problems:
-            raise LawaError("; ".join(problems))
-        if not on_disk:
-            trajectory.release(step)
-        for name, scheme in rows.items():
-            if step in scheme:
-                spent = [s for s in held if last[s] <= step and name == next(reversed(rows)) and not on_disk]
-                yield step, name, _weigh(scheme[step], held, spent)
+    rows = {name: chain([Row(scheme, trajectory.steps, target) for target in targets])
+            for name, scheme in schemes.items()}
+    last: dict[int, int] = {}  # step: the last target that reads it
+    for own in rows.values():
+        for target, this in zip(targets, own, strict=True):
+            for step in (*this.todo, this.newest):
+                last[step] = max(last.get(step, target), target)
+    trajectory.expect(sorted(last))
+    held, seen, kept = {}, {}, {}  # checkpoints by step, steps by fingerprint, sums by scheme
+    for step in sorted({*last, *targets}):
+        if step in last:
+            held[step] = trajectory[step]
+            refuse(mismatches(held[step], held[min(held)]))
+            if "duplicates" not in (*allow, *trajectory.allow):
+                twin = seen.setdefault(held[step].fingerprint, step)
+                if twin != step:
+                    raise LawaError(f"steps {twin} and {step} of {trajectory.name} hold identical "
+                                    "weights, so one is a wrong file; leave it out, or allow duplicates")
+            if not on_disk:
+                held[step] = in_memory(held[step])
+                trajectory.release(step)
+        if step in targets:
+            for name, own in rows.items():
+                this = own[targets.index(step)]
+                sums = kept.pop(name, {} if this.kept else None)
+                opened = {s: held[s] for s in sorted({*this.todo, this.newest})}
+                yield step, name, state_dict(opened, this, sums, allow)
+                if this.kept:
+                    kept[name] = sums
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
-            trajectory.release(spent)
+            if on_disk:
+                trajectory.release(spent)
 
 
-def _schedule(trajectory: Trajectory, schemes: Mapping[str, Callable], at) -> tuple[dict, list[int], dict[int, int]]:
-    """({scheme: {target: row}}, the steps needed in order, {step: the last target that needs it})."""
-    targets = trajectory.steps if at is None else sorted(at)
-    rows = {name: {target: row(scheme, trajectory.steps, target) for target in targets} for name, scheme in schemes.items()}
-    last = {step: target for target in targets for scheme in rows.values() for step in (*scheme[target], target)}
-    return rows, sorted(last), last
-
-
-def _in_memory(checkpoint: Checkpoint) -> Checkpoint:
+def in_memory(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with all its bytes in memory, so that its files may go."""
-    loaded = Checkpoint(checkpoint.path, checkpoint.entries, checkpoint.aliases, checkpoint.metadata)
-    loaded.sample = checkpoint.sample
-    for name, entry in checkpoint.entries.items():
-        data = _loaded(entry)
-        loaded.entries[name] = dataclasses.replace(entry, fill=functools.partial(_copy, data), peek=None, data=data)
-    return loaded
+    loaded = {}
+    for old in set(checkpoint.data.values()):
+        data = old.read(0, old.nbytes)
+        loaded[old] = Stored(old.dtype, old.shape, old.path, lambda a, b, data=data: data[a:b])
+    names = {name: loaded[stored] for name, stored in checkpoint.data.items()}
+    return Checkpoint(checkpoint.path, names, checkpoint.metadata)
 
 
-def _copy(data: np.ndarray, start: int, out: np.ndarray) -> None:
-    out[:] = data[start:start + len(out)]
+def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads: int | None = None,
+                  tile: int = TILE, progress=None, allow=(), key: str | None = None, like=None) -> dict:
+    """Write averages from file to file, every byte read once, in little memory at any size.
 
-
-def _loaded(entry: Entry) -> np.ndarray:
-    """All bytes of a tensor, read a tile at a time into pages of their own."""
-    data = _pages(entry.nbytes)
-    for start in range(0, entry.nbytes, TILE):
-        entry.fill(start, data[start:start + TILE])
-    return data
-
-
-def _pages(nbytes: int) -> np.ndarray:
-    """Fresh bytes on pages of their own, which go back to the system as soon as they are dropped; the heap would keep some of them."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
-
-
-def _weigh(weights: Mapping[int, float], held: Mapping[int, Checkpoint], spent) -> dict:
-    """One row over the window as a state dict. Steps that are `spent` lose their tensors: the average is written over the oldest."""
-    opened = {step: held[step] for step in weights}
-    (entries, ties), state, data = _layout(opened), {}, {}
-
-    def write(_, name, offset, mixed):
-        data[name][offset:offset + len(mixed)] = mixed
-    mixer = Mixer(opened, np.array([list(weights.values())]), entries, write)
-    with ThreadPoolExecutor(max((os.cpu_count() or 2) - 1, 1)) as pool:
-        for name, entry in entries.items():
-            oldest = opened[min(opened)].entry(name)
-            if len(opened) == 1:
-                data[name] = _loaded(oldest) if oldest.data is None else oldest.data
-            else:
-                reuse = min(opened) in spent and oldest.dtype == entry.dtype and not opened[min(opened)].aliases  # tied ones may part later
-                data[name] = oldest.data if reuse else _pages(entry.nbytes)
-                if problems := {problem for found in pool.map(mixer, _tiles({name: entry}, TILE // 8)) for problem in found}:
-                    raise LawaError("; ".join(sorted(problems)))
-            state[name] = _tensor(data[name], entry)
-            for step in spent:
-                if not held[step].aliases:
-                    held[step].entries.pop(name, None)
-    return state | {name: state[kept] for name, kept in ties.items()}
-
-
-def _ratio(before: Mapping[int, float], after: Mapping[int, float], boundary: int) -> float | None:
-    """c if the row `after`, up to the step `boundary`, is c times the row `before`; None if it is not."""
-    old = {step: weight for step, weight in after.items() if step <= boundary}
-    pivot = max(before, key=lambda step: abs(before[step]))
-    ratio = old.get(pivot, 0.0) / before[pivot]
-    return ratio if all(abs(old.get(s, 0.0) - ratio * before.get(s, 0.0)) <= 1e-12 for s in before.keys() | old.keys()) else None
-
-
-def _extending(rows: Mapping[int, Mapping[int, float]]) -> bool:
-    """Whether each target's row extends the one before; a scheme of single checkpoints needs no sum."""
-    return max(map(len, rows.values()), default=0) > 1 and all(_ratio(rows[a], rows[b], a) is not None for a, b in pairwise(rows))
-
-
-class _Running:
-    """The average of a scheme whose rows extend one another: one sum in double, to which each passing checkpoint is added."""
-
-    def __init__(self, rows: Mapping[int, Mapping[int, float]], entries: Mapping[str, Entry], ties: Mapping[str, str]):
-        self.rows, self.entries, self.ties, self.target, self.sums = rows, entries, ties, None, {}
-        self.uniform = all(len(set(weights.values())) == 1 for weights in rows.values())  # then: a plain sum, and one division
-
-    def add(self, step: int, checkpoint: Checkpoint) -> None:
-        target = min((t for t in self.rows if t >= step), default=None)
-        if target is None or not (weight := self.rows[target].get(step)):
-            return
-        self._move(target)
-        self.newest = checkpoint
-        for name in self.entries:
-            if (entry := checkpoint.entry(name)).dtype in FLOATS:
-                values = _widen(entry.read(0, entry.nbytes), entry.dtype).astype(np.longdouble if entry.dtype == "F64" else np.float64)
-                values *= 1.0 if self.uniform else weight
-                self.sums[name] = values + self.sums.get(name, 0.0)
-
-    def _move(self, target: int) -> None:
-        """From the row of the target before, in which what is summed so far had other weights, to this target's."""
-        ratio = _ratio(self.rows[self.target], self.rows[target], self.target) if self.target not in (None, target) else 1.0
-        if ratio == 0:
-            self.sums = {}
-        elif ratio != 1 and not self.uniform:
-            self.sums = {name: total * ratio for name, total in self.sums.items()}
-        self.target = target
-
-    def average(self, target: int) -> dict:
-        self._move(target)
-        entries = {name: self.newest.entry(name) for name in self.entries}
-        data = {name: entry.read(0, entry.nbytes).copy() for name, entry in entries.items()}
-        for name, total in self.sums.items():
-            values = total / len(self.rows[target]) if self.uniform else total
-            data[name].view(DTYPES[entries[name].dtype][0])[:] = _narrow(values, entries[name].dtype)
-        state = {name: _tensor(raw, entries[name]) for name, raw in data.items()}
-        return state | {name: state[kept] for name, kept in self.ties.items()}
-
-
-# ---- 2. Averages from file to file --------------------------------------------------------------------------------------------------
-
-IN_MEMORY = 1 << 26  # bytes of tiles at most: with many checkpoints they shrink, so memory does not grow with k or N
-COPIED = ("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-          "chat_template*")  # what a Hugging Face folder holds beside its weights
-
-
-def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads: int | None = None, tile: int = TILE, progress=None,
-                  allow=(), key: str | None = None, like=None, max_shard: int = 5_000_000_000) -> dict:
-    """Write averages from file to file: every input byte read once, memory independent of model size and number of checkpoints.
-
-    Args: source: what `open_trajectory` takes; outputs: {path: (scheme, at)}, a path ending in .safetensors or .pt, or else a Hugging Face
-    folder (sharded beyond `max_shard` bytes; config and tokenizer copied from the folder `like`, default the newest input's); dtype: "F32",
-    "BF16", ... for the float tensors, default each tensor's in the newest; threads: default one per core; tile: bytes; progress: called
-    with (bytes done, bytes in all); allow: any of "nonfinite", "duplicates", "averages".
-    Returns a report: outputs with their weights, bytes read and written, seconds. Errors: LawaError, JobFailed (disk full), and nothing is
-    visible under an output's name. Killed, the same call goes on where it was.
+    source: what `open_trajectory` takes; outputs: {path: (scheme, at)}, a path that ends in
+    .safetensors or .pt, else a Hugging Face folder (config and tokenizer from the folder `like`,
+    default the newest input's); dtype: "F32", "BF16", ... of the float tensors, default each one's
+    in the newest; threads: default one per core; tile: bytes; progress: called with (bytes done,
+    bytes in all); allow: of "nonfinite", "duplicates", "averages".
+    Returns a report: outputs with their weights, bytes read and written, seconds. Errors: LawaError,
+    JobFailed (disk full); then, and if killed, nothing is seen under an output's name.
     """
     begun, trajectory = time.perf_counter(), open_trajectory(source, key)
-    _positive(threads=threads, tile=tile)
+    positive(threads=threads, tile=tile)
     if not outputs or dtype not in (None, *FLOATS):
-        raise LawaError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}" if outputs else "expected at least one output, got none")
-    rows = [row(scheme, trajectory.steps, at) for scheme, at in outputs.values()]
-    opened = _open_all(trajectory, {step for weights in rows for step in weights}, allow)
-    entries, ties = _layout(opened)
-    entries = {name: dataclasses.replace(e, dtype=dtype if dtype and e.dtype in FLOATS else e.dtype) for name, e in entries.items()}
-    sinks = [_Output(Path(path), entries, ties, _provenance(opened, weights, *target), max_shard)
-             for (path, target), weights in zip(outputs.items(), rows, strict=True)]
-    like = Path(like or opened[max(opened)].path)
-    _refuse(sinks, trajectory, like)
-    block = _block(len(opened))
-    width = max(min(tile, IN_MEMORY // (len(opened) + len(rows))) // 8 // block, 1) * block  # values per tile, in whole blocks
-    matrix = np.array([[weights.get(step, 0.0) for step in opened] for weights in rows])
-    journal, written = sinks[0].part.with_suffix(".journal"), sum(sink.nbytes for sink in sinks)
-    try:
-        _stream(opened, matrix, entries, sinks, width, allow, threads or os.cpu_count() or 1, progress, journal)
-        for sink in sinks:
-            sink.finish(like, dtype or next((e.dtype for e in entries.values() if e.dtype in FLOATS), "F32"))
-    except KeyboardInterrupt:
-        raise  # what is written stays under its hidden name for the next call
-    except BaseException as error:
-        _remove(journal, *(sink.part for sink in sinks))
-        if isinstance(error, OSError):
-            raise JobFailed(f"cannot write {sinks[0].path}: {error.strerror}; {written:,} bytes are needed") from None
-        raise
-    _remove(journal)
-    return {"outputs": [{"path": str(sink.path), "bytes": sink.nbytes, **sink.provenance} for sink in sinks], "bytes_written": written,
-            "bytes_read": sum(checkpoint.nbytes for checkpoint in opened.values()), "seconds": round(time.perf_counter() - begun, 3)}
+        raise LawaError(f"expected one output or more and a dtype of {', '.join(FLOATS)}, got "
+                        f"{len(outputs)} and {dtype!r}")
+    rows = chain([Row(scheme, trajectory.steps, at) for scheme, at in outputs.values()])
+    opened, problems = open_steps(trajectory, {step for this in rows for step in this.add}, allow)
+    refuse(problems)
+    wanted, ties = layout(opened)
+    for name, stored in wanted.items():
+        if dtype and stored.dtype in FLOATS:
+            wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
+    inputs = {Path(path).resolve() for path in trajectory.sources.values() if not callable(path)}
+    report, plans = [], []
+    for path, (scheme, at), this in zip(map(Path, outputs), outputs.values(), rows, strict=True):
+        if inputs & {path.resolve(), *path.resolve().parents}:
+            raise LawaError(f"{path} is an input; choose another output")
+        if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
+            raise LawaError(f"{path} is a folder that is not empty; choose another, or remove it")
+        used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
+                 "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
+                for step in this.add]
+        note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)), "at": at,
+                "weights": this.weights, "inputs": used}  # to make it again; the same in any process
+        plans.append(plan_file(wanted, ties, {"lawa": json.dumps(note)}))
+        report.append({"path": str(path), "bytes": plans[-1][2], **note})
+    total = sum(size for _, _, size in plans)
+    parent = next(parent for parent in Path(report[0]["path"]).resolve().parents if parent.exists())
+    if total > (free := shutil.disk_usage(parent).free):
+        raise JobFailed(f"disk full: {total:,} bytes are needed in {parent}, {free:,} are free")
+    files = []
+
+    def write(m, name, start, data):
+        done, place = 0, plans[m][1][name] + start
+        while done < len(data):
+            done += os.pwrite(files[m].fileno(), data[done:], place + done)
+    with contextlib.ExitStack() as stack:  # on leaving, the hidden names become the outputs'
+        for path, (header, _, size) in zip(map(Path, outputs), plans, strict=True):
+            part = stack.enter_context(replacing(path))
+            if path.suffix not in SUFFIXES:
+                part.mkdir()
+                part /= SINGLES[0]
+            files.append(stack.enter_context(open(part, "w+b", buffering=0)))
+            files[-1].truncate(size)
+            os.pwrite(files[-1].fileno(), header, 0)
+        mix(opened, rows, wanted, write, allow=allow, threads=threads, tile=tile, progress=progress)
+        for path, file, output in zip(map(Path, outputs), files, report, strict=True):
+            finish(path, Path(file.name), like or opened[max(opened)].path, output)
+    return {"outputs": report, "bytes_read": sum(c.nbytes for c in opened.values()),
+            "bytes_written": total, "seconds": round(time.perf_counter() - begun, 3)}
+
+
+def finish(path: Path, part: Path, like, note: Mapping) -> None:
+    """Make of the safetensors file `part` what `path` is to be: a .pt, or the rest of a folder."""
+    whole = open_safetensors(part)
+    if path.suffix not in SUFFIXES:
+        for source in [found for pattern in COPIED for found in sorted(Path(like).glob(pattern))]:
+            shutil.copyfile(source, part.parent / source.name)
+        config = part.parent / "config.json"
+        if config.exists():  # says the type in which the weights are
+            fields = json.loads(config.read_text())
+            dtype = next((code for code in whole.dtypes.values() if code in FLOATS), "F32")
+            names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
+            fields |= dict.fromkeys(names, DTYPES[dtype][1])
+            config.write_text(json.dumps(fields, indent=2))
+    elif path.suffix != ".safetensors":
+        import torch
+        state = {name: whole[name] for name in whole if name not in whole.ties}
+        torch.save(state | {name: state[kept] for name, kept in whole.ties.items()}, part)
+        with replacing(sidecar(path)) as text:
+            text.write_text(json.dumps(note, indent=1))
 
 
 def sweep_files(source, schemes: Mapping[str, Callable], at, out_dir, **options) -> dict:
-    """Write out_dir/<name>/ckpt_<step>.safetensors for every scheme and target step in one pass; each folder is again a trajectory."""
-    outputs = {Path(out_dir) / name / checkpoint_name(step): (scheme, step) for name, scheme in schemes.items() for step in at}
+    """Write out_dir/<name>/ckpt_<step>.safetensors for every scheme and target step in one pass.
+
+    Each folder is again a trajectory. options, report and errors: those of `average_files`.
+    """
+    outputs = {Path(out_dir) / name / checkpoint_name(step): (scheme, step)
+               for name, scheme in schemes.items() for step in at}
     return average_files(source, outputs, **options)
 
 
-def _provenance(opened: Mapping[int, Checkpoint], weights: Mapping[int, float], scheme, at: int) -> dict:
-    """Enough to make the average again. The same in every process: no clock, no address of a function."""
-    inputs = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])), "bytes": opened[step].nbytes,
-               "sample_sha256": opened[step].sample} for step in weights]
-    return {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)), "at": at,
-            "weights": {str(step): weight for step, weight in weights.items()}, "inputs": inputs}
+# ---- 7. Search -----------------------------------------------------------------------------------
 
+def search(source, evaluate: Callable[[dict], object], at: int | None = None, budget: int = 12,
+           ks=(2, 3, 5, 8, 12), key: str | None = None) -> dict:
+    """The best LAWA window on a trajectory, in at most `budget` evaluations, the run's included.
 
-def _refuse(sinks: list[_Output], trajectory: Trajectory, like: Path) -> None:
-    """Refuse outputs that would do harm: an input, a folder in use, a disk too small."""
-    inputs = {Path(source).resolve() for source in trajectory.sources.values() if not callable(source)}
-    for sink in sinks:
-        if inputs & {sink.path.resolve(), *sink.path.resolve().parents}:
-            raise LawaError(f"{sink.path} is an input; choose another output")
-        if sink.path.is_dir() and (not sink.is_folder or any(sink.path.iterdir())):
-            raise LawaError(f"{sink.path} is a folder that is not empty; choose another output, or remove it")
-    parent = next(path for path in sinks[0].path.resolve().parents if path.exists())
-    if (need := sum(sink.nbytes for sink in sinks)) > (free := shutil.disk_usage(parent).free):
-        raise JobFailed(f"disk full: {need:,} bytes are needed in {parent}, {free:,} are free")
-
-
-def _stream(opened, rows: np.ndarray, entries, sinks: list[_Output], width: int, allow, threads: int, progress, journal: Path) -> None:
-    """Mix the tiles of all tensors on threads: each tile of every checkpoint is read once, each tile of every output written once.
-
-    The journal counts the tiles on disk, at most once a second, so that the very same job, if it was killed, goes on where it was.
-    """
-    tiles, problems, noted = _tiles(entries, width), set(), time.monotonic()
-    sizes = [(stop - start) * sum(itemsize(c.entry(name).dtype) for c in opened.values()) for name, start, stop in tiles]  # bytes read
-    plan = hashlib.sha256(repr((width, rows.tolist(), sorted(allow), [(sink.path, sink.headers) for sink in sinks],
-                                [(c.files(), c.sample) for c in opened.values()])).encode()).hexdigest()
-    first, total = 0, sum(sizes)
-    with contextlib.suppress(OSError, ValueError):
-        noted_plan, number = json.loads(journal.read_text())
-        if noted_plan == plan and all(file.stat().st_size == size for sink in sinks for file, (_, size) in sink.headers.items()):
-            first = number
-    done, mixer = sum(sizes[:first]), Mixer(opened, rows, entries, lambda m, *mixed: sinks[m].write(*mixed), allow)
-    with contextlib.ExitStack() as stack:
-        if not first:
-            _remove(journal)  # or it could speak, after another kill, of tiles in the files begun anew here
-        for sink in sinks:
-            sink.open(stack, fresh=first == 0)
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for number, found in enumerate(pool.map(mixer, tiles[first:]), first + 1):
-            problems.update(found)
-            done += sizes[number - 1]
-            if progress:
-                progress(done, total)
-            if time.monotonic() - noted > 1 and not problems:
-                noted = time.monotonic()
-                with replacing(journal) as part:
-                    part.write_text(json.dumps([plan, number]))
-    if problems:
-        raise LawaError("; ".join(sorted(problems)))
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-class _Output:
-    """A file or Hugging Face folder being written: under a hidden name until it is whole."""
-
-    def __init__(self, path: Path, entries: Mapping[str, Entry], ties: Mapping[str, str], provenance: dict, max_shard: int):
-        self.path, self.is_folder, self.provenance = path, path.suffix not in SUFFIXES, provenance
-        self.part = path.parent / f".{path.name}.part"
-        shards = _shards(entries, max_shard) if self.is_folder else {"": entries}
-        layouts = {self.part / file: _header(shard, {"lawa": json.dumps(provenance)}, {a: b for a, b in ties.items() if b in shard})
-                   for file, shard in shards.items()}
-        self.headers = {file: (header, size) for file, (header, _, size) in layouts.items()}
-        self.places = {name: (file, offset) for file, (_, offsets, _) in layouts.items() for name, offset in offsets.items()}
-        self.nbytes = sum(size for _, size in self.headers.values())
-
-    def open(self, stack: contextlib.ExitStack, fresh: bool) -> None:
-        (self.part if self.is_folder else self.part.parent).mkdir(parents=True, exist_ok=True)
-        self.files = {}
-        for file, (header, size) in self.headers.items():
-            self.files[file] = stack.enter_context(open(file, "wb" if fresh else "r+b", buffering=0))  # noqa: SIM115 - the stack closes it
-            os.pwrite(self.files[file].fileno(), header, 0)
-            self.files[file].truncate(size)
-
-    def write(self, name: str, start: int, data: np.ndarray) -> None:
-        (file, offset), done = self.places[name], 0
-        while done < len(data):
-            done += os.pwrite(self.files[file].fileno(), data[done:], offset + start + done)
-
-    def finish(self, like: Path, dtype: str) -> None:
-        """Verify with the safetensors library, convert or complete, rename."""
-        from safetensors import safe_open
-        for file in self.headers:
-            with safe_open(file, "numpy") as opened:
-                if lost := {name for name, (place, _) in self.places.items() if place == file} - set(opened.keys()):
-                    raise JobFailed(f"{self.path}: verification failed, the file written lacks {sorted(lost)[:3]}")
-        if self.is_folder:
-            self._complete_folder(like, dtype)
-        elif self.path.suffix != ".safetensors":
-            whole = _open_safetensors(self.part)
-            state = {name: whole[name] for name in whole.entries}
-            save(self.path, state | {alias: state[kept] for alias, kept in whole.aliases.items()})
-            with replacing(_sidecar(self.path)) as part:
-                part.write_text(json.dumps(self.provenance, indent=1))
-            return _remove(self.part)
-        os.replace(self.part, self.path)
-
-    def _complete_folder(self, like: Path, dtype: str) -> None:
-        if len(self.headers) > 1:
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": {name: file.name for name, (file, _) in self.places.items()}}
-            (self.part / INDEXES[0]).write_text(json.dumps(index, indent=1))
-        for source in [path for pattern in COPIED for path in sorted(like.glob(pattern))]:
-            shutil.copyfile(source, self.part / source.name)
-        if (config := self.part / "config.json").exists():
-            fields = json.loads(config.read_text())
-            names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
-            config.write_text(json.dumps(fields | dict.fromkeys(names, DTYPES[dtype][1]), indent=2))
-
-
-def _shards(entries: Mapping[str, Entry], max_shard: int) -> dict[str, dict[str, Entry]]:
-    """Hugging Face's names and order: tensors fill a shard until `max_shard` bytes."""
-    groups, size = [{}], 0
-    for name, entry in entries.items():
-        if groups[-1] and size + entry.nbytes > max_shard:
-            groups, size = [*groups, {}], 0
-        groups[-1][name] = entry
-        size += entry.nbytes
-    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    return dict(zip(names if len(groups) > 1 else SINGLES[:1], groups, strict=True))
-
-
-# ---- 3. Search ----------------------------------------------------------------------------------------------------------------------
-
-def search(source, evaluate: Callable[[dict], object], at: int | None = None, budget: int = 12, ks=(2, 3, 5, 8, 12), key=None) -> dict:
-    """The best LAWA window on a trajectory, in at most `budget` evaluations.
-
-    Args: source: what `open_trajectory` takes; evaluate: {name: tensor} -> validation loss, or the losses of equally many blocks (paired,
-    so that the answer comes with a standard error); lower is better, NaN is worst; at: step, default the newest; budget: evaluations, the
-    run's own included.
-    How: what decides is the window's span k * spacing (2507.17634), and gain against span is an inverted U; so a bisection over spans at
-    the middle k, then the other k at the best span.
-    Returns {"best": scheme, "gain", "gain_se", "sure": text, "trials": [{"scheme", "loss", "gain", "gain_se"}]}. Mutates nothing.
+    source: what `open_trajectory` takes; evaluate: {name: tensor} -> loss, or the losses of equally
+    many blocks, paired, so that the answer has a standard error; NaN is worst; at: default the newest.
+    What decides is the window's span k * spacing (2507.17634), and gain over span is an inverted U:
+    so a bisection over spans at the middle k, then the other k at the best span.
+    Returns {"best": scheme, "gain", "gain_se", "sure": text, "trials": [{"scheme", "loss", "gain",
+    "gain_se"}]}.
     """
     trajectory = open_trajectory(source, key)
-    _positive(budget=budget)
+    positive(budget=budget)
     at = trajectory.steps[-1] if at is None else at
     losses: dict[object, np.ndarray] = {}
 
     def loss(scheme) -> float:
         if scheme not in losses and len(losses) < budget:
-            losses[scheme] = np.atleast_1d(np.asarray(evaluate(average(trajectory, scheme, at)), float))
-        return _mean(losses[scheme]) if scheme in losses else math.inf
-
-    def fits(scheme) -> bool:
-        with contextlib.suppress(LawaError):
-            return len(row(scheme, trajectory.steps, at)) == scheme.k
-        return False
-    windows = [w for k in ks for step in trajectory.steps if step < at for w in [lawa(k, at - step)] if fits(w)]
+            found = evaluate(average(trajectory, scheme, at))
+            losses[scheme] = np.atleast_1d(np.asarray(found, float))
+        mean = losses[scheme].mean() if scheme in losses else math.inf
+        return math.inf if math.isnan(mean) else float(mean)
+    loss(newest())
+    windows = []
+    for k in ks:
+        for spacing in [at - step for step in trajectory.steps if step < at]:
+            with contextlib.suppress(LawaError):  # not all of its checkpoints are there
+                if len(row(lawa(k, spacing), trajectory.steps, at)) == k:
+                    windows.append(lawa(k, spacing))
     if not windows:
-        raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step {at}; there are {_some(trajectory.steps)}")
-    run, middle = newest(), sorted(ks)[len(ks) // 2]
-    loss(run)
-    line = sorted([w for w in windows if w.k == middle] or windows, key=lambda w: w.k * w.spacing)
+        raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step {at}; "
+                        f"there are {some(trajectory.steps)}")
+    middle = sorted(ks)[len(ks) // 2]
+    line = [w for w in windows if w.k == middle] or windows
+    line.sort(key=lambda w: w.k * w.spacing)
     low, high = 0, len(line) - 1
-    while low < high and len(losses) < budget - len(ks) + 1:  # spans in order: the loss falls, then rises
+    while low < high and len(losses) < budget - len(ks) + 1:
         left = (low + high) // 2
-        low, high = (low, left) if loss(line[left]) <= loss(line[left + 1]) else (left + 1, high)
-    best = min(losses.keys() - {run} or {line[low]}, key=loss)
-    for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / (best.k * best.spacing)))):
+        if loss(line[left]) <= loss(line[left + 1]):
+            high = left
+        else:
+            low = left + 1
+    best = min(losses.keys() - {newest()} or {line[low]}, key=loss)
+    for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / best.k / best.spacing))):
         loss(scheme)
-    return _verdict(losses, run)
+    best = min(losses, key=loss)
 
-
-def _mean(values: np.ndarray) -> float:
-    return math.inf if np.isnan(values).any() else float(values.mean())
-
-
-def _verdict(losses: Mapping, run) -> dict:
-    def paired(values, than):  # (mean, standard error) of the differences block by block
-        gains = than - values
-        return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
-    best = min(losses, key=lambda scheme: _mean(losses[scheme]))
-    trials = [{"scheme": str(scheme), "loss": float(values.mean()), "gain": gain, "gain_se": error}
-              for scheme, values in losses.items() for gain, error in [paired(values, losses[run])]]
-    gain, error = paired(losses[best], losses[run])
-    if error is None:
-        sure = "no spread known: the validation gave one number per model; give one per block to learn how sure this is"
-    else:
-        close = sum(more < 2 * spread for scheme in losses if scheme != best for more, spread in [paired(losses[best], losses[scheme])])
-        sure = (f"gain {gain:+.4f} +- {error:.4f} (standard error over {len(losses[run])} blocks); "
+    def gain(scheme, than) -> tuple[float, float | None]:
+        """How much lower the scheme's loss is, and the standard error over blocks."""
+        gains = losses[than] - losses[scheme]
+        error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
+        return float(gains.mean()), error
+    trials = []
+    for scheme, values in losses.items():
+        more, error = gain(scheme, newest())
+        trials.append({"scheme": str(scheme), "loss": float(values.mean()), "gain": more, "gain_se": error})
+    more, error = gain(best, newest())
+    sure = "no spread known: the validation gave one number per model; give one per block"
+    if error is not None:
+        others = [gain(best, scheme) for scheme in losses if scheme != best]
+        close = sum(ahead < 2 * spread for ahead, spread in others)
+        sure = (f"gain {more:+.4f} +- {error:.4f} (standard error over {len(losses[best])} blocks); "
                 f"{close} other windows are within 2 standard errors")
-    return {"best": best, "gain": gain, "gain_se": error, "sure": sure, "trials": trials}
+    return {"best": best, "gain": more, "gain_se": error, "sure": sure, "trials": trials}
 
 
-# ---- 4. Online averages -------------------------------------------------------------------------------------------------------------
+# ---- 8. Online averages --------------------------------------------------------------------------
 
 def live_state(model) -> dict:
-    """{name: the model's own tensor}, through DDP, DataParallel and torch.compile wrappers: the unwrapped model's state_dict()."""
+    """{name: the model's own tensor}, looking through DDP, DataParallel and torch.compile."""
     import torch
-    while hasattr(model, "_orig_mod") or isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-class _Online:
-    """What LAWA, EMA and SWA share: when to update, state, and swapping the average into the model. Nothing feeds back into training."""
+def copied(tree, places: Mapping | None = None):
+    """A deep copy of nested dicts of tensors, each on the device that `places` gives its name."""
+    copy = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            copy[key] = copied(value, places)
+        elif hasattr(value, "device"):
+            copy[key] = value.to(places[key] if places else value.device, copy=True)
+        else:
+            copy[key] = value
+    return copy
 
-    def __init__(self, model, every: int, start: int):
-        _positive(every=every)
-        self.model, self.every, self.start, self.held = model, every, start, {}  # held: all state, nested dicts with tensors by name
 
-    def _live(self) -> dict:
+class Online:
+    """What LAWA, EMA and SWA share: when to update, state, and swapping the average in and out.
+
+    Nothing feeds back into training. held: all state, nested dicts with tensors by name.
+    """
+
+    def __init__(self, model, every: int, start: int, **held):
+        positive(every=every)
+        self.model, self.every, self.start, self.held = model, every, start, held
+
+    def live(self) -> dict:
         """The model's tensors, tied ones once."""
-        live = live_state(self.model)
-        first = _first_names(live)
-        return {name: tensor for name, tensor in live.items() if first[name] == name}
+        tensors = live_state(self.model)
+        first = first_names(tensors)
+        return {name: tensor for name, tensor in tensors.items() if first[name] == name}
 
     def update(self, step: int) -> None:
-        """Call after every optimizer.step() with the number of steps done; steps before `start`, off the grid or taken are ignored."""
+        """Call after every optimizer.step() with the number of steps done.
+
+        Steps before `start`, off the grid start + n * every, or taken already are ignored.
+        """
         if step >= self.start and (step - self.start) % self.every == 0 and step > self.held.get("step", -1):
-            self._take(step, self._live())
+            self.take(step, self.live())
             self.held["step"] = step
 
     def average(self, *which) -> dict:
-        """{name: fresh tensor} under the names of the model's state_dict(), in the model's dtypes; an EMA of several takes the beta."""
-        averaged = self._average(*which)
-        return {name: averaged[first] for name, first in _first_names(live_state(self.model)).items()}
+        """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
+        averaged = self.averaged(*which)
+        return {name: averaged[kept] for name, kept in first_names(live_state(self.model)).items()}
 
     @contextlib.contextmanager
     def swapped(self, *which):
-        """Inside, the model holds the average (of the given beta, for an EMA of several); after, its own weights again, to the bit."""
+        """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
-        live, averaged = self._live(), self._average(*which)
+        live, averaged = self.live(), self.averaged(*which)
         own = {name: tensor.clone() for name, tensor in live.items()}
         with torch.no_grad():
             try:
@@ -573,160 +1322,340 @@ class _Online:
                     tensor.copy_(own[name])
 
     def state_dict(self) -> dict:
-        """A copy of all state; torch.save writes it and a weights-only torch.load reads it. Goes on bit for bit after load_state_dict."""
-        return {"kind": type(self).__name__, "shapes": {n: list(t.shape) for n, t in self._live().items()}, "held": _copied(self.held)}
+        """A copy of all state, for torch.save and a weights-only torch.load."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.live().items()}
+        return {"kind": type(self).__name__, "shapes": shapes, "held": copied(self.held)}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Take a copy of a state of the same kind and model; LawaError if it is another's."""
-        live = self._live()
-        if state.get("kind") != type(self).__name__ or state["shapes"] != {name: list(tensor.shape) for name, tensor in live.items()}:
-            raise LawaError(f"expected the state of {type(self).__name__} for this model, got that of {state.get('kind')} for "
-                            f"{len(state.get('shapes', ()))} tensors, of other names or shapes")
-        self.held = _copied(state["held"], {name: self._place(tensor) for name, tensor in live.items()})
-
-    def _place(self, tensor):
-        return tensor.device
-
-
-def _copied(tree: Mapping, places: Mapping | None = None) -> dict:
-    """A deep copy of nested dicts of tensors, each on the device that `places` gives its name."""
-    return {key: _copied(value, places) if isinstance(value, Mapping) else value.to(places[key] if places else value.device, copy=True)
-            if hasattr(value, "device") else value for key, value in tree.items()}
+        """Go on from a copy of the state, to the same bits; LawaError if it is another model's."""
+        live, kind = self.live(), type(self).__name__
+        shapes = {name: list(tensor.shape) for name, tensor in live.items()}
+        if state.get("kind") != kind or state["shapes"] != shapes:
+            raise LawaError(f"expected the state of {kind} for this model, got that of "
+                            f"{state.get('kind')} for {len(state.get('shapes', ()))} tensors, of "
+                            "other names or shapes")
+        self.held = copied(state["held"], {n: self.place or t.device for n, t in live.items()})
+    place = None  # the device of the state; None: the model's
 
 
-class LAWA(_Online):
-    """The last k snapshots, `spacing` steps apart, as a window on the CPU or, with `folder`, on disk as a trajectory of checkpoints.
+class LAWA(Online):
+    """The last k snapshots, `spacing` steps apart, on the CPU (arXiv 2306.03241).
 
-    A push costs one copy of the weights. `average()` is the mean of what the window holds, on the CPU, bit for bit what the function
-    `average` makes of the same checkpoints. Source: arXiv 2306.03241.
+    An update costs one copy of the weights. `average()` is the mean of what the window holds, on
+    the CPU, bit for bit what the function `average` makes of the same checkpoints.
     """
+    place = "cpu"
 
-    def __init__(self, model, k: int, spacing: int, start: int = 0, folder=None):
-        super().__init__(model, spacing, start)
-        _positive(k=k)
-        self.k, self.folder, self.held = k, folder and Path(folder), {"window": {}}  # {step: {name: tensor}}, on disk {step: {}}
+    def __init__(self, model, k: int, spacing: int, start: int = 0):
+        super().__init__(model, spacing, start, window={})  # {step: {name: tensor}}
+        positive(k=k)
+        self.k = k
 
-    def _take(self, step, live):
+    def take(self, step, live):
         import torch
         window, oldest = self.held["window"], {}
         while len(window) >= self.k:
-            oldest = window.pop(gone := min(window))
-            if self.folder:
-                (self.folder / checkpoint_name(gone)).unlink(missing_ok=True)
-        if self.folder:
-            save(self.folder / checkpoint_name(step), live_state(self.model))
-            window[step] = {}
-            return
-        if {n: t.dtype for n, t in oldest.items()} != {n: t.dtype for n, t in live.items()}:  # else its memory is used again
+            oldest = window.pop(min(window))
+        if {n: t.dtype for n, t in oldest.items()} != {n: t.dtype for n, t in live.items()}:
             oldest = {name: torch.empty_like(tensor, device="cpu") for name, tensor in live.items()}
-        torch._foreach_copy_(list(oldest.values()), list(live.values()))
+        torch._foreach_copy_(list(oldest.values()), list(live.values()))  # its memory is used again
         window[step] = oldest
 
-    def _average(self):
+    def averaged(self):
         steps = sorted(self.held["window"])[-self.k:]
         if not steps:
             raise LawaError("the window is empty: call update(step) first")
-        opened = {step: open_checkpoint(self.folder / checkpoint_name(step)) if self.folder else
-                  Checkpoint(f"snapshot {step}", *_as_entries(self.held["window"][step], f"snapshot {step}")) for step in steps}
-        return _merge(dict.fromkeys(steps, 1 / len(steps)), opened, ALLOW)
-
-    def _place(self, tensor):
-        return "cpu"
+        opened = {step: from_memory(self.held["window"][step], f"step {step}") for step in steps}
+        return state_dict(opened, Row(lawa(self.k), steps, steps[-1]), allow=ALLOW)
 
 
-class EMA(_Online):
-    """e <- e + (1 - beta)(w - e) every `every` steps since `start`, begun at the first w; one `beta` or several in one pass.
+class EMA(Online):
+    """e <- e + (1 - beta)(w - e) every `every` steps since `start`, begun at the first w.
 
-    Kept in `dtype` (default float32, wider where the model is), on the parameters' device. In float32 it strays from the closed form by
-    up to about 1 / (1 - beta) / 2 ulp, as every fp32 EMA does; float64 agrees to 1 ulp. Parameters that do not move keep their bits.
+    One beta or several in one pass; kept in `dtype` (default float32, wider where the model is), on
+    the parameters' device. In float32 it strays from the closed form by up to 1 / (1 - beta) / 2
+    ulp, as every such EMA does; float64 agrees to 1 ulp. What does not move keeps its bits.
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
-        super().__init__(model, every, start)
-        self.betas, self.dtype, self.held = tuple(map(float, np.atleast_1d(betas))), dtype, {"shadows": {}, "others": {}}
+        super().__init__(model, every, start, shadows={}, others={})
+        self.betas, self.dtype = tuple(map(float, np.atleast_1d(betas))), dtype
         if not self.betas:
             raise LawaError("expected one beta or more, got none")
         for beta in self.betas:
             ema(beta)  # refuses a beta outside [0, 1)
 
-    def _take(self, step, live):
+    def take(self, step, live):
         import torch
-        floats, self.held["others"] = _parted(live)
-        values = [tensor.to(torch.promote_types(tensor.dtype, self.dtype or torch.float32)) for tensor in floats.values()]
+        floats, self.held["others"] = parted(live)
+        values = [t.to(torch.promote_types(t.dtype, self.dtype or torch.float32)) for t in floats.values()]
         for beta in self.betas:
-            if beta in self.held["shadows"]:
-                torch._foreach_lerp_(list(self.held["shadows"][beta].values()), values, 1 - beta)
+            shadow = self.held["shadows"].setdefault(beta, {})
+            if shadow:
+                torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
             else:
-                self.held["shadows"][beta] = {name: value.clone() for name, value in zip(floats, values, strict=True)}
+                shadow |= {name: value.clone() for name, value in zip(floats, values, strict=True)}
 
-    def _average(self, beta: float | None = None):
-        shadow = self.held["shadows"].get(self.betas[0] if beta is None else beta)
-        if not shadow:
-            raise LawaError(f"no average for beta {self.betas[0] if beta is None else beta} of {self.betas}; call update(step) first")
-        live = self._live()
-        return {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()} | _copied(self.held["others"])
+    def averaged(self, beta: float | None = None):
+        beta = self.betas[0] if beta is None else beta
+        if beta not in self.held["shadows"]:
+            raise LawaError(f"no average for beta {beta} of {self.betas}; call update(step) first")
+        live, shadow = self.live(), self.held["shadows"][beta]
+        means = {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()}
+        return means | copied(self.held["others"])
 
     def load_state_dict(self, state):
-        if state.get("kind") == "EMA" and not set(state["held"]["shadows"]) <= set(self.betas):
-            raise LawaError(f"expected the state of an EMA with betas {self.betas}, got {tuple(state['held']['shadows'])}")
+        betas = tuple(state["held"]["shadows"]) if state.get("kind") == "EMA" else ()
+        if not set(betas) <= set(self.betas):
+            raise LawaError(f"expected the state of an EMA with betas {self.betas}, got {betas}")
         super().load_state_dict(state)
 
 
-class SWA(_Online):
-    """The uniform mean of every `every`-th step since `start` (arXiv 1803.05407), from a sum in double, for float64 in two doubles."""
+class SWA(Online):
+    """The mean of every `every`-th step since `start` (arXiv 1803.05407), from a sum in double,
+    for float64 in two doubles."""
 
     def __init__(self, model, start: int = 0, every: int = 1):
-        super().__init__(model, every, start)
-        self.held = {"count": 0, "sums": {}, "lost": {}, "others": {}}
+        super().__init__(model, every, start, count=0, sums={}, lost={}, others={})
 
-    def _take(self, step, live):
-        floats, self.held["others"] = _parted(live)
+    def take(self, step, live):
+        floats, self.held["others"] = parted(live)
         sums, lost = self.held["sums"], self.held["lost"]
         for name, tensor in floats.items():
             value, before = tensor.double(), sums.get(name, 0.0)
-            sums[name] = total = before + value
+            total = sums[name] = before + value
             if tensor.dtype == value.dtype:  # what the addition rounded off (Knuth's two-sum)
-                lost[name] = lost.get(name, 0.0) + ((before - (total - value)) + (value - (total - (total - value))))
+                part = total - value
+                lost[name] = lost.get(name, 0.0) + (before - part) + (value - (total - part))
         self.held["count"] += 1
 
-    def _average(self):
-        count, lost, live = self.held["count"], self.held["lost"], self._live()
-        if not count:
+    def averaged(self):
+        if not self.held["count"]:
             raise LawaError("nothing averaged yet: call update(step) from step `start` on")
-        means = {name: ((total + lost.get(name, 0.0)) / count).to(live[name].dtype) for name, total in self.held["sums"].items()}
-        return means | _copied(self.held["others"])
+        live, means = self.live(), copied(self.held["others"])
+        for name, total in self.held["sums"].items():
+            exact = total + self.held["lost"].get(name, 0.0)
+            means[name] = (exact / self.held["count"]).to(live[name].dtype)
+        return means
 
 
-def _parted(live: Mapping) -> tuple[dict, dict]:
+def parted(live: Mapping) -> tuple[dict, dict]:
     """(floating-point tensors, copies of the others, of which an average keeps the newest)."""
     floats = {name: tensor for name, tensor in live.items() if tensor.is_floating_point()}
     return floats, {name: tensor.clone() for name, tensor in live.items() if name not in floats}
 
 
-# ---- 5. Command line ----------------------------------------------------------------------------------------------------------------
+# ---- 9. Command line -----------------------------------------------------------------------------
 
-class Progress:
-    """A bar with rate and time left on a terminal; nothing elsewhere."""
+EXAMPLES = """examples
+  lawa inspect runs/my-run                                       what is there, what is wrong
+  lawa average ckpt_800.pt ckpt_900.pt ckpt_1000.pt -o avg.pt    the mean of these three
+  lawa average runs/my-run -k 5 --spacing 1000 -o avg.safetensors
+  lawa average runs/my-run --scheme "ema(beta=0.99)" --at 20000 --dtype BF16 -o hf-folder
+  lawa sweep runs/my-run --scheme "lawa(5, 1000)" --scheme "decay(5000)" --every 1000 -o averages
+  lawa search runs/my-run --command "python validate.py {}"      prints the loss, or one per block
+  lawa export averages/lawa/ckpt_20000.safetensors --like hf-folder -o new-hf-folder
 
-    def __init__(self, unit: str = "GB", scale: float = 1e9):
-        self.begun, self.shown, self.unit, self.scale = time.monotonic(), 0.0, unit, scale
+schemes (steps are read from the names; spacing, every, start, window are in steps)
+  lawa(k=5, spacing=100)              the mean of the k latest, spacing apart; else the k latest
+  swa(start=0, every=10)              the mean of all since start
+  ema(beta=0.99)                      e <- beta e + (1 - beta) w over the checkpoints
+  decay(window=1000, shape='1-sqrt')  acts like a learning-rate decay; also linear, cosine
+  explicit([0.2, 0.8])                these weights, the last for the newest, divided by their sum
+  newest                              one checkpoint as it is
 
-    def __call__(self, done: float, total: float, note: str = "") -> None:
-        now = time.monotonic()
-        if sys.stderr.isatty() and (now - self.shown > 0.1 or done >= total):
-            self.shown, rate = now, done / max(now - self.begun, 1e-9)
-            bar = "#" * int(30 * done / max(total, 1))
-            sys.stderr.write(f"\r[{bar:<30}] {done / self.scale:.4g} of {total / self.scale:.4g} {self.unit}, "
-                             f"{rate / self.scale:.3g} {self.unit}/s, {(total - done) / max(rate, 1e-9):.0f} s left {note} "
-                             + "\n" * (done >= total))
+Inputs are never changed. Names and shapes must agree; floats are averaged in double precision and
+rounded once; integers come from the newest; tied tensors stay tied. NaN, Inf, identical checkpoints
+and averages among the inputs are refused (--allow). An output appears when it is whole; a killed
+job begins anew. Exit status: 0 done, 1 the job failed or inspect found problems, 2 bad usage or
+input, 130 interrupted."""
+
+INPUTS = {
+    "inputs": {"nargs": "+", "metavar": "CKPT", "help": "checkpoints, or one folder or glob of them"},
+    "--key": {"help": "where a nested .pt holds its weights (default: model, state_dict, ...)"},
+    "--json": {"action": "store_true", "help": "print the result as JSON"},
+}
+AT = {"--at": {"type": int, "help": "the step to average at (default: the newest)"}}
+HOW = {
+    "--scheme": {"action": "append", "default": [], "help": "see below (default: the mean of all)"},
+    "-k": {"type": int, "help": "short for --scheme lawa: checkpoints in the window"},
+    "--spacing": {"type": int, "help": "with -k or --weights: steps between the checkpoints"},
+    "--weights": {"help": "short for --scheme explicit: weights, oldest first, as 0.2,0.3,0.5"},
+    "--tokens-per-step": {"type": int, "help": "durations are in tokens, this many per step"},
+}
+OUT = {
+    "-o": {"dest": "out", "required": True, "help": "FILE.safetensors, FILE.pt, or a new folder"},
+    "--dtype": {"type": str.upper, "choices": FLOATS, "help": "of the floats (default: the newest's)"},
+    "--like": {"help": "Hugging Face folder to copy config and tokenizer from"},
+    "--threads": {"type": int, "help": "default: one per core"},
+    "--allow": {"action": "append", "default": [], "choices": ALLOW, "help": "take it all the same"},
+}
+EVERY = {"--every": {"type": int, "default": 1, "help": "average at the multiples of this"}}
+TRY = {
+    "--command": {"dest": "run", "required": True, "help": "program with {} for the checkpoint"},
+    "--budget": {"type": int, "default": 12, "help": "evaluations at most (default 12)"},
+}
+LONG = {"-k": "--k", "-o": "--out"}
+COMMANDS = {  # name: (what it does, its options)
+    "inspect": ("Show steps, sizes, types, how far the weights moved, and problems.", INPUTS),
+    "average": ("Write one average of checkpoints.", INPUTS | HOW | AT | OUT),
+    "sweep": ("Write averages of several schemes at many steps.", INPUTS | HOW | EVERY | OUT),
+    "search": ("Find the best LAWA window with a validation command.", INPUTS | AT | TRY),
+    "export": ("Write one checkpoint as a Hugging Face folder.", INPUTS | AT | OUT),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise LawaError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv) -> argparse.Namespace:
+    style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser("lawa", description="Average the checkpoints of a training run.", **style)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, **style)
+        for flag, how in options.items():
+            names = [flag, LONG[flag]] if flag in LONG else [flag]
+            command.add_argument(*names, **how)
+    return parser.parse_args(argv)
+
+
+def schemes_of(args) -> dict[str, Callable]:
+    """{name of its folder: scheme} from the command line."""
+    if args.command == "export":
+        return {"newest": newest()}
+    texts = {scheme_dir(text): text for text in args.scheme}
+    if args.k is not None:
+        texts["lawa"] = f"lawa({args.k}, {args.spacing})"
+    if args.weights is not None:
+        texts["explicit"] = f"explicit([{args.weights}], {args.spacing})"
+    if len(texts) > len(args.scheme) + (not args.scheme):
+        raise LawaError("expected only one of --scheme, -k and --weights, got more")
+    if args.spacing is not None and texts.keys().isdisjoint(("lawa", "explicit")):
+        raise LawaError("--spacing goes with -k or --weights; a --scheme has its own, as in "
+                        "lawa(k=5, spacing=100)")
+    schemes = {name: parse_scheme(text) for name, text in texts.items()} or {"mean": swa()}
+    if args.tokens_per_step is not None:
+        for name, scheme in schemes.items():
+            durations = {d: getattr(scheme, d, None) for d in ("spacing", "start", "every", "window")}
+            steps = {d: tokens(n, args.tokens_per_step) for d, n in durations.items() if n}
+            schemes[name] = dataclasses.replace(scheme, **steps)
+    return schemes
+
+
+def inspect(trajectory: Trajectory) -> dict:
+    """What `lawa inspect` shows: size, types and norm at each step, and how far the weights moved
+    (norm of the change since the checkpoint before, over the norm). Reads every byte once."""
+    opened, rows, problems = {}, [], check(trajectory)
+    for step in trajectory.steps:
+        with contextlib.suppress(LawaError):  # check has listed what cannot be opened
+            opened[step] = trajectory[step]
+    squares, changes = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0)
+    with progress(sum(c.nbytes for c in opened.values()), "inspect", "B", unit_scale=True) as bar:
+        for name in opened[max(opened)] if opened else {}:
+            before = None
+            for step, checkpoint in opened.items():
+                stored = checkpoint.data.get(name)
+                if not stored or stored.dtype not in FLOATS or name in checkpoint.ties:
+                    continue
+                raw = stored.read(0, stored.nbytes)
+                values = widen(raw, stored.dtype).astype(np.float64)
+                if not finite(raw, stored.dtype):
+                    problems.append(f"{stored.path}: {name} holds NaN or Inf")
+                squares[step] += float(values @ values)
+                if before is not None and len(before) == len(values):
+                    changes[step] += float((values - before) @ (values - before))
+                before = values
+                bar.update(len(raw))
+    for step, checkpoint in opened.items():
+        norm = math.sqrt(squares[step]) if math.isfinite(squares[step]) else None
+        rows.append({"step": step, "bytes": checkpoint.nbytes,
+                     "parameters": sum(stored.numel for stored in set(checkpoint.data.values())),
+                     "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": norm,
+                     "moved": math.sqrt(changes[step]) / norm if rows and norm else None})
+    return {"trajectory": trajectory.name, "checkpoints": rows, "problems": problems}
+
+
+def validation(command: str) -> Callable[[dict], list[float]]:
+    """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads the
+    numbers of the last line that it prints."""
+    words = shlex.split(command)
+    if "{}" not in command:
+        raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
+
+    def evaluate(state):
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder) / "candidate.safetensors", state)
+            filled = [word.replace("{}", f"{folder}/candidate.safetensors") for word in words]
+            done = subprocess.run(filled, capture_output=True, text=True)
+        last = (done.stdout.strip().splitlines() or [""])[-1]
+        numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", last)
+        if done.returncode or not numbers:
+            said = (done.stderr or done.stdout).strip()[-200:]
+            raise JobFailed(f"the validation command exited with {done.returncode} and printed {said!r}")
+        return [float(number) for number in numbers]
+    return evaluate
+
+
+def run(args) -> dict:
+    trajectory = open_trajectory(args.inputs[0] if len(args.inputs) == 1 else args.inputs, args.key)
+    if args.command == "inspect":
+        return inspect(trajectory)
+    if args.command == "search":
+        found = search(trajectory, validation(args.run), args.at, args.budget)
+        return found | {"best": str(found["best"])}
+    schemes = schemes_of(args)
+    with progress(None, args.command, "B", unit_scale=True) as bar:
+        def show(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+        options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow,
+                   "like": args.like, "progress": show}
+        if args.command == "sweep":
+            positive(every=args.every)
+            targets = [step for step in trajectory.steps if step % args.every == 0]
+            return sweep_files(trajectory, schemes, targets, args.out, **options)
+        if len(schemes) > 1:
+            raise LawaError(f"average writes one average, got {len(schemes)} schemes; use sweep")
+        at = trajectory.steps[-1] if args.at is None else args.at
+        return average_files(trajectory, {args.out: (*schemes.values(), at)}, **options)
+
+
+def show(result: dict) -> None:
+    """Print a result for people."""
+    for line in result.get("checkpoints", []):
+        moved = "-" if line["moved"] is None else f"{line['moved']:.2e}"
+        print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} "
+              f"values  {','.join(line['dtypes'])}  moved {moved}")
+    for line in result.get("trials", []):
+        print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
+    for line in result.get("outputs", []):
+        print(f"{line['path']}: {line['scheme']} at step {line['at']}, {len(line['weights'])} checkpoints")
+    if "seconds" in result:
+        print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote {result['bytes_written'] / 1e9:.2f} GB "
+              f"in {result['seconds']:.2f} s")
+    if "sure" in result:
+        print(f"best: {result['best']}; {result['sure']}")
+    for problem in result.get("problems", []):
+        print(f"problem: {problem}")
 
 
 def main(argv=None) -> int:
-    """The command line, `python lawa_core.py` or `lawa`: see lawa_cli.py."""
-    import lawa_cli
-    return lawa_cli.main(argv)
+    """The command line; returns the exit status."""
+    try:
+        args = parse(argv)
+        result = run(args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (LawaError, OSError, MemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
+    print(json.dumps(result, indent=1)) if args.json else show(result)
+    return 1 if result.get("problems") else 0
 
 
 if __name__ == "__main__":
-    sys.modules["lawa_core"] = sys.modules[__name__]  # or lawa_cli would compile and import this file once more
     sys.exit(main())

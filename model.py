@@ -1,25 +1,33 @@
-"""The nanoGPT: train a GPT on one machine, leave a trajectory of checkpoints behind, and evaluate averages along it.
+"""The nanoGPT: train a GPT, leave a trajectory of checkpoints, evaluate averages along it.
 
-The sections follow the data: training, evaluation, text, command line. What a run is, and what it costs, is in recipes.py, the network
-itself in gpt.py, corpora in corpora.py; many runs at a time are in many_runs.py. Losses are nats per token.
+    python model.py train --preset micro --corpus stdlib --lr 1e-3
+
+It reads in the order of the data: sizes and configuration, network, corpus, batches and rates, run
+folder, training, evaluation, text, scales, command line. The recipe is the LAWA paper's (arXiv
+2306.03241); losses are in nats per token. Many runs, their cost, public models: see lab/.
 """
 from __future__ import annotations
 
 import argparse
-import collections
+import base64
 import contextlib
 import csv
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,628 +35,1174 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lawa_core
-from corpora import Corpus, open_corpus
-from gpt import GPT, PRESETS as PRESETS, GPTConfig, blank, preset
 from lawa_core import JobFailed, LawaError, checkpoint_name, scheme_dir
-from recipes import (
-    ONLINE,
-    RUNS as RUNS,
-    SCALES,
-    Config,
-    _known,
-    _parameters,
-    batch,
-    checkpoint_bytes as checkpoint_bytes,
-    cost as cost,
-    kept_steps,
-    learning_rate,
-    pick_device,
-    plan,
-    run_dir,
-    scale_config,
-    scale_values,
-)
 
-# ---- 1. Training --------------------------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+RUNS = ROOT / "runs"
 
-COLUMNS = ("step", "tokens", "lr", "loss", "grad_norm")  # of metrics.csv: loss in nats per token on the training batch, before the update
-READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
+def require(right, message: str) -> None:
+    """Refuse what is not right: the message says what was expected, what came, what to do."""
+    if not right:
+        raise LawaError(message)
 
+# ---- 1. Sizes and configuration ------------------------------------------------------------------
 
-def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None, compile: bool | None = None,
-          eval_interval: int = 0, state_seconds: float = 30, keep=None, disk_budget: float = math.inf, leave: Collection[int] = (),
-          progress=None) -> Path:
-    """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a network, under GPT-2's names."""
+    n_layer: int
+    n_head: int
+    n_embd: int  # width; n_head must divide it
+    block_size: int  # longest sequence, tokens
+    vocab_size: int
+    bias: bool = False  # in linear layers and norms: OpenAI's GPT-2 has them, the paper's not
+    scale_attn_by_inverse_layer_idx: bool = True  # scores / (layer index + 1), as in the paper
+    gelu: str = "tanh"  # "tanh" is GPT-2's approximation, "none" the exact function
+    # what GPT-NeoX (arXiv 2204.06745), and so Pythia, does differently:
+    rotary: float = 0.0  # share of a head's width turned by position; 0: learned positions
+    parallel: bool = False  # the MLP reads the block's input, not attention's output
+    tied: bool = True  # the embedding is also the output layer
+    eps: float = 1e-5  # of the layer norms
 
-    The folder holds config.json, metrics.csv, ckpt_<step>.safetensors (weights, float32), a trajectory per average, resume.pt while
-    unfinished, and summary.json once finished. Under torchrun every rank calls this; the batches are one process's, cut in equal parts, and
-    rank 0 writes. Args: config; what does not change its numbers:
-        out_dir: default named by the configuration's hash; device; compile: default on CUDA, unless torch's path has a space
-        threads: an interrupted run keeps its own
-        eval_interval: steps between validation losses in val.csv; 0: none
-        state_seconds: at most so much work is lost to a kill, rounded up to a checkpoint
-        keep, disk_budget: a scheme and bytes: only checkpoints that its windows need are written, for as many targets as fit
-        leave: steps whose state stays as state_<step>.pt, for a run that begins with this one (see `many_runs.begin_with`)
-        progress: called with (step, max_iters, loss)
-    Errors: LawaError for a bad configuration or a missing corpus; JobFailed for a loss that is not finite or a full disk, the last good
-    state is kept. Ctrl-C and SIGTERM save the state, then raise KeyboardInterrupt and SystemExit(143).
+    def __post_init__(self):
+        require(self.n_embd % self.n_head == 0,
+                f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        require(0 <= self.rotary <= 1 and self.rotary_width % 2 == 0,
+                "rotary must turn an even part of a head's width "
+                f"{self.n_embd // self.n_head}, got {self.rotary}")
+
+    @property
+    def rotary_width(self) -> int:
+        return int(self.n_embd // self.n_head * self.rotary)
+
+NEOX = {"bias": True, "scale_attn_by_inverse_layer_idx": False, "gelu": "none",
+        "rotary": 0.25, "parallel": True, "tied": False}
+PRESETS = {  # layers, heads, width, block size, and what is not as in the paper's GPT-2
+    "pico": (2, 2, 32, 64),  # 0.02M parameters without embeddings: 12 layers width^2
+    "nano": (2, 2, 64, 64),  # 0.1M, for tests and scale smoke
+    "micro": (2, 4, 128, 128),  # 0.4M
+    "milli": (3, 4, 192, 128),  # 1.3M
+    "mini": (4, 4, 256, 128),  # 3M
+    "midi": (6, 6, 384, 256),  # 11M
+    "gpt2-small": (12, 12, 768, 1024),  # 85M; the paper's three sizes
+    "gpt2-medium": (24, 16, 1024, 1024),  # 302M
+    "gpt2-large": (36, 20, 1280, 1024),  # 708M
+    "neox-nano": (2, 4, 96, 128, NEOX),  # 0.2M, for replays without the Hub
+    "pythia-70m": (6, 8, 512, 2048, NEOX),  # 19M (arXiv 2304.01373)
+    "pythia-160m": (12, 12, 768, 2048, NEOX),  # 85M
+    "pythia-410m": (24, 16, 1024, 2048, NEOX),  # 302M
+    "pythia-1b": (16, 8, 2048, 2048, NEOX),  # 805M
+    "pythia-1.4b": (24, 16, 2048, 2048, NEOX),  # 1.2G
+    "pythia-2.8b": (32, 32, 2560, 2048, NEOX),  # 2.5G
+    "pythia-6.9b": (32, 32, 4096, 2048, NEOX),  # 6.4G
+    "pythia-12b": (36, 40, 5120, 2048, NEOX),  # 11.3G
+}
+PADDED = {"pythia-6.9b": 256, "pythia-12b": 512}  # 128 times the devices a layer was split over
+
+def gpt_config(name: str, vocab_size: int) -> GPTConfig:
+    """A preset's shape (-deduped: the same) for a vocabulary, padded as matrix units like it."""
+    name = name.removesuffix("-deduped")
+    require(name in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    n_layer, n_head, n_embd, block_size, *other = PRESETS[name]
+    multiple = PADDED.get(name, 64)
+    vocab_size = math.ceil(vocab_size / multiple) * multiple
+    return GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, **(other[0] if other else {}))
+
+ONLINE = {  # averages kept while training, by scheme
+    lawa_core.ema: lambda net, s: lawa_core.EMA(net, s.beta, s.every or 1, s.start),
+    lawa_core.swa: lambda net, s: lawa_core.SWA(net, s.start, s.every or 1),
+    lawa_core.lawa: lambda net, s: lawa_core.LAWA(net, s.k, s.spacing or 1, s.start),
+}
+
+def option(default, help: str, rule=(None, None)):
+    """A field of Config and, beside it, its rule: (legal values in words, test(value, config))."""
+    return field(default=default, metadata={"help": help, "legal": rule[0], "test": rule[1]})
+
+def one_of(*names: str):
+    return f"one of {', '.join(names)}", lambda value, c: value in names
+
+ABOVE_0 = "above 0", lambda value, c: 0 < value < math.inf
+AT_LEAST_0 = "at least 0", lambda value, c: 0 <= value < math.inf
+AT_LEAST_1 = "at least 1", lambda value, c: value >= 1
+BELOW_1 = "in [0, 1)", lambda value, c: 0 <= value < 1
+SHARE = "above 0, at most 1", lambda value, c: 0 < value <= 1
+
+@dataclass(frozen=True)
+class Config:
+    """What determines a run's numbers; its hash names the run folder. Defaults: scale `laptop`."""
+    preset: str = option("micro", f"architecture: {', '.join(PRESETS)}", one_of(*PRESETS))
+    corpus: str = option("stdlib", "folder under data/, or a path")
+    lr: float = option(1e-3, "peak learning rate", ABOVE_0)
+    max_iters: int = option(1000, "optimizer steps", AT_LEAST_1)
+    batch_size: int = option(8, "sequences per micro-batch", AT_LEAST_1)
+    gradient_accumulation_steps: int = option(1, "micro-batches a step, of all ranks", AT_LEAST_1)
+    warmup_iters: int = option(100, "steps of linear warm-up", (
+        "between 0 and max_iters = {max_iters}", lambda value, c: 0 <= value <= c.max_iters))
+    schedule: str = option(
+        "cosine", "after warm-up: cosine, constant, or wsd (constant, then a 1-sqrt cooldown)",
+        one_of("cosine", "constant", "wsd"))
+    min_lr_frac: float = option(0.1, "final rate as a share of the peak (cosine, wsd)", (
+        "between 0 and 1", lambda value, c: 0 <= value <= 1))
+    cooldown_frac: float = option(0.2, "wsd: share of the steps spent cooling down", SHARE)
+    hold_frac: float = option(1.0, "cosine: share after which the rate is held, for SWA", SHARE)
+    weight_decay: float = option(0.1, "AdamW's, on matrices and embeddings only", AT_LEAST_0)
+    beta1: float = option(0.9, "AdamW", BELOW_1)
+    beta2: float = option(0.95, "AdamW", BELOW_1)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", AT_LEAST_0)
+    ckpt_interval: int = option(20, "steps between checkpoints", (
+        "between 1 and max_iters = {max_iters}", lambda value, c: 1 <= value <= c.max_iters))
+    seed: int = option(0, "of the initial weights and of the batches", AT_LEAST_0)
+    averages: str = option("", 'kept while training: "ema(0.99); swa(start=500); lawa(5, 20)"', (
+        "lawa, ema or swa, no two the same", lambda value, c: c.keeps_distinct_averages()))
+    burst_at: int = option(0, "step at which a burst of too high a rate begins, for a loss spike")
+    burst_iters: int = option(0, "its length in steps; 0: no burst", AT_LEAST_0)
+    burst_factor: float = option(1.0, "the rate is multiplied by this meanwhile", ABOVE_0)
+    init_from: str = option("", "checkpoint to start from, with a fresh optimizer")
+    init_step: int = option(0, "step that init_from counts as, for schedule and batches", (
+        "between 0 and max_iters = {max_iters}, and 0 without init_from",
+        lambda value, c: 0 <= value < c.max_iters and bool(c.init_from or not value)))
+    dtype: str = option("auto", "fp32, bf16 (autocast), or auto: bf16 on CUDA, else fp32",
+                        one_of("fp32", "bf16", "auto"))
+
+    def __post_init__(self):
+        wrong = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["test"] and not f.metadata["test"](value, self):
+                legal = f.metadata["legal"].format_map(vars(self))
+                wrong.append(f"{f.name} must be {legal}, got {value!r}")
+        require(not wrong, "; ".join(wrong))
+
+    def schemes(self) -> list[tuple[str, object]]:
+        """(text, scheme) of the averages kept while training."""
+        texts = [text.strip() for text in self.averages.split(";") if text.strip()]
+        return [(text, lawa_core.parse_scheme(text)) for text in texts]
+
+    def keeps_distinct_averages(self) -> bool:
+        folders = {scheme_dir(text) for text, scheme in self.schemes() if type(scheme) in ONLINE}
+        return len(folders) == len(self.schemes())
+
+    online = property(lambda self: dict(self.schemes()))  # {text: scheme}
+    block_size = property(lambda self: PRESETS[self.preset][3])
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        steps = range(self.ckpt_interval, self.max_iters + 1, self.ckpt_interval)
+        return [step for step in steps if step > self.init_step]
+
+    def resolved(self, device: torch.device) -> Config:
+        """The same with dtype "auto" replaced by what the device gets."""
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+        return dataclasses.replace(self, dtype=dtype) if self.dtype == "auto" else self
+
+def pick_device(device: str = "auto") -> torch.device:
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        there = "mps"
+    return torch.device(there if device == "auto" else device)
+
+# ---- 2. The network: GPT-2 or, by configuration, GPT-NeoX ----------------------------------------
+
+ROTARY_BASE = 10_000  # of the wavelengths, as in Su et al. (arXiv 2104.09864)
+
+def rotary_table(T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, each (T, width), of position times frequency; float32."""
+    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.outer(torch.arange(T, device=device), frequencies)  # (T, width / 2)
+    angles = angles.repeat(1, 2)  # (T, width): both values of a pair turn alike
+    return angles.cos(), angles.sin()
+
+def rotate(x, cos, sin):
+    """Turn each head's first `width` values, as pairs (i, i + width / 2). x: (B, nh, T, hs)."""
+    turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    a, b = turned.chunk(2, -1)  # each (B, nh, T, width / 2)
+    return torch.cat(((turned * cos + torch.cat((-b, a), -1) * sin).type_as(x), kept), -1)
+
+class Attention(nn.Module):
+    def __init__(self, c: GPTConfig, layer: int):
+        super().__init__()
+        self.n_head = c.n_head
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        shrink = layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
+        self.scale = (c.n_embd // c.n_head) ** -0.5 / shrink
+
+    def forward(self, x, rotary=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+
+class MLP(nn.Module):
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
+        self.gelu = c.gelu
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+
+class Block(nn.Module):
+    def __init__(self, c: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(c.n_embd, c.eps, bias=c.bias)
+        self.attn = Attention(c, layer)
+        self.ln_2 = nn.LayerNorm(c.n_embd, c.eps, bias=c.bias)
+        self.mlp = MLP(c)
+        self.parallel = c.parallel
+
+    def forward(self, x, rotary=None):
+        y = x + self.attn(self.ln_1(x), rotary)
+        return y + self.mlp(self.ln_2(x if self.parallel else y))
+
+PIECE = 1024  # tokens whose logits exist at a time on a CPU; fewer make slower matrix products
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean loss of the output layer, with its gradients made at once: how a CPU trains in float32.
+
+    The logits, a small model's largest array, become probabilities and then their own gradient in
+    the memory they were made in, with one exponential each instead of two; no second derivative.
+    x: (N, C), head: (vocab, C), both float32, targets: (N,) int64. Returns a scalar.
     """
-    with _ranks(device) as (rank, world, device):
-        config, corpus = config.resolved(device), open_corpus(config.corpus)
-        folder = Path(out_dir) if out_dir else run_dir(config)
-        share = config.batch_size * config.accumulation / world
-        if share % min(config.batch_size, max(int(share), 1)):
-            raise LawaError(f"batch_size x accumulation = {config.batch_size} x {config.accumulation} cannot be cut in {world} equal ranks")
-        for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
-            if len(tokens) <= config.block_size and (split == "training" or eval_interval):
-                raise LawaError(f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one block of {config.block_size}")
-        for name, value, least in (("threads", threads, 1), ("eval_interval", eval_interval, 0), ("state_seconds", state_seconds, 0)):
-            if value is not None and not value >= least:
-                raise LawaError(f"{name} must be at least {least}, got {value}")
-        spaced = " " in torch.__file__  # torch.compile calls the C++ compiler without quoting its own folder
-        if compile and spaced:
-            raise LawaError(f"torch.compile fails where torch's folder has a space in its name: {torch.__file__}; leave --compile out")
-        compile = device.type == "cuda" and not spaced if compile is None else compile
-        written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
-        if rank == 0:
-            _claim(folder, config, corpus)
-        with locked(folder) if rank == 0 else contextlib.nullcontext():
-            if world > 1:
-                torch.distributed.barrier()  # the folder is claimed before the others look at it
-            if not (folder / "summary.json").exists():
-                for part in folder.rglob(".*.part") if rank == 0 else ():
-                    part.unlink()  # what a killed process was writing
-                run = _Run(config, corpus, folder, device, threads, compile, rank, world, written)
-                run.go(eval_interval, state_seconds, leave, progress)
-    return folder
+    @staticmethod
+    def forward(ctx, x, head, targets):
+        dx = torch.empty_like(x)
+        dhead = torch.zeros_like(head)
+        memory = x.new_empty(min(len(x), PIECE), len(head))  # (tokens, vocab)
+        losses = []
+        for start in range(0, len(x), PIECE):
+            part = x[start:start + PIECE]  # (n, C)
+            answers = targets[start:start + PIECE, None]  # (n, 1)
+            logits = torch.mm(part, head.T, out=memory[:len(part)])  # (n, vocab)
+            logits -= logits.amax(1, keepdim=True)
+            right = logits.gather(1, answers)
+            total = logits.exp_().sum(1, keepdim=True)
+            losses.append(total.log() - right)
+            logits *= 1 / (len(x) * total)  # softmax / N; below minus one-hot / N
+            logits.scatter_add_(1, answers, logits.new_full(answers.shape, -1 / len(x)))
+            torch.mm(logits, head, out=dx[start:start + PIECE])
+            dhead.addmm_(logits.T, part)
+        ctx.save_for_backward(dx, dhead)
+        return torch.cat(losses).mean()
 
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dhead = ctx.saved_tensors
+        return upstream * dx, upstream * dhead, None
 
-@contextlib.contextmanager
-def _ranks(device: str):
-    """(rank, number of ranks, device): torchrun's environment says; gloo joins CPUs, nccl GPUs."""
-    world, where = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
-    if world == 1:
-        yield 0, 1, where
-        return
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's ranks meet through a store of addresses; one that outlives a lost rank leads the next ones nowhere, and they hang
-        raise LawaError("a rank was lost, and torchrun restarts well only as TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone "
-                        "(or --rdzv_backend=c10d); start it so, and it goes on from its last state")
-    if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(where)
-    torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    try:
-        yield torch.distributed.get_rank(), world, where
-    finally:
-        torch.distributed.destroy_process_group()
+class GPT(nn.Module):
+    """GPT-2, or GPT-NeoX by configuration, with weights from a generator of its own:
 
+    normal(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2), norms 1, biases 0.
+    """
 
-def _claim(folder: Path, config: Config, corpus: Corpus) -> None:
-    """Write config.json, or refuse a folder of another run."""
-    described = dataclasses.asdict(config) | {"tokens_per_step": config.tokens_per_step, "corpus_fingerprint": corpus.fingerprint}
-    described["init_sample"] = config.init_from and lawa_core.open_checkpoint(config.init_from).sample
-    if (folder / "config.json").exists():
-        found = json.loads((folder / "config.json").read_text())
-        changed = [f"{key} {found.get(key)!r} -> {described.get(key)!r}" for key in described | found
-                   if found.get(key) != described.get(key) and key not in ("corpus", "init_from")]  # by content, not by path
-        if changed:
-            raise LawaError(f"{folder} holds a run of another configuration ({', '.join(changed)}); choose another --out_dir")
-        return
-    with lawa_core.replacing(folder / "config.json") as part:
-        part.write_text(json.dumps(described, indent=1))
+    def __init__(self, config: GPTConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        with torch.device("meta"):  # torch's own initialization takes time, and global randomness
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
+            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd, config.eps, bias=config.bias)
+            self.lm_head = None
+            if not config.tied:
+                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device=device)
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / shrink, generator=generator)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
+    @property
+    def head(self) -> torch.Tensor:
+        """The output layer's weights, (vocab, C)."""
+        return (self.lm_head or self.wte).weight
+
+    def hidden(self, idx):
+        """idx: (B, T) int64. Returns what the output layer reads, (B, T, C)."""
+        T = idx.shape[1]
+        longest = self.config.block_size
+        require(longest >= T, f"sequences have at most block_size = {longest} tokens, got {T}")
+        x = self.wte(idx)  # (B, T, C)
+        rotary = None
+        if self.config.rotary:
+            rotary = rotary_table(T, self.config.rotary_width, idx.device)
+        else:
+            x = x + self.wpe.weight[:T]  # (T, C)
+        for block in self.h:
+            x = block(x, rotary)
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """idx, targets: (B, T) int64. Returns (logits (B, T, vocab), None) or (None, mean loss)."""
+        x = self.hidden(idx)
+        if targets is None:
+            return F.linear(x, self.head), None
+        own = x.device.type == "cpu" and x.dtype == torch.float32 and x.requires_grad
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            own = False
+        loss = LinearCrossEntropy.apply if own else F.linear_cross_entropy
+        return None, loss(x.flatten(0, 1), self.head, targets.flatten())
+
+    def losses(self, idx, targets, memory: int = 36 << 20):
+        """Losses in nats, (B, T), with at most about `memory` bytes of logits at a time.
+
+        36 MB are just above the 32 from which malloc gives back at once what is free.
+        """
+        x = self.hidden(idx).flatten(0, 1)  # (B T, C)
+        rows = max(memory // (4 * self.config.vocab_size), 1)
+        rows = min(rows, PIECE) if x.device.type == "cpu" else rows
+        losses = []
+        for part, answers in zip(x.split(rows), targets.flatten().split(rows), strict=True):
+            logits = F.linear(part, self.head).float()  # (rows, vocab)
+            losses.append(F.cross_entropy(logits, answers, reduction="none"))
+        return torch.cat(losses).view_as(targets)
+
+    def size(self) -> int:
+        """Parameters, learned position embeddings left out (nanoGPT's count)."""
+        return sum(p.numel() for name, p in self.named_parameters() if name != "wpe.weight")
+
+def empty_model(config: GPTConfig, device="cpu", dtype=torch.float32) -> GPT:
+    """A GPT whose weights are not set, made on the device itself; for weights to be copied into."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype).to_empty(device=device).eval()
+
+@functools.cache
+def count_parameters(config: GPTConfig) -> tuple[int, int]:
+    """(all parameters, those without position embeddings)."""
+    with torch.device("meta"):
+        net = GPT(config)
+    return sum(p.numel() for p in net.parameters()), net.size()
+
+# ---- 3. Corpus -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Corpus:
+    """Folder data/NAME/: train.bin and val.bin, raw little-endian uint16 tokens, and meta.json."""
+    folder: Path
+    meta: dict
+    train: np.ndarray | Shards  # (tokens,) uint16, mapped; empty where a text only evaluates
+    val: np.ndarray | Shards
+
+    name = property(lambda self: self.meta["name"])
+    vocab_size = property(lambda self: self.meta["vocab_size"])
+
+    @functools.cached_property
+    def val_bytes_per_token(self) -> float:
+        """Bytes of text per token; measured where meta.json has none, nan without a tokenizer."""
+        if "val_bytes" in self.meta:
+            return self.meta["val_bytes"] / self.meta["val_tokens"]
+        try:
+            tokenizer = self.tokenizer()
+        except OSError:  # tiktoken cannot download it
+            return math.nan
+        counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
+        words = map(tokenizer.decode_single_token_bytes, range(self.vocab_size))
+        sizes = np.array([len(word) for word in words])
+        sizes[self.meta["eot_token"]] = 0  # an end-of-text stands for no text
+        return float(counts @ sizes / counts.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the text, the split and the tokenizer; part of a run's name."""
+        kept = {key: value for key, value in self.meta.items() if key not in ("python", "name")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+    def tokenizer(self):
+        """A tiktoken.Encoding; of a model's tokenizer.json, encode_ordinary and decode alone."""
+        import tiktoken
+        path = self.folder / self.meta["tokenizer"]
+        if path.name == "tokenizer.json":
+            from tokenizers import Tokenizer
+            own = Tokenizer.from_file(str(path))
+            return SimpleNamespace(
+                encode_ordinary=lambda text: own.encode(text, add_special_tokens=False).ids,
+                decode=own.decode)
+        if not path.exists():
+            return tiktoken.get_encoding(self.meta["tokenizer"])  # one of tiktoken's own, "gpt2"
+        words = [line.split() for line in path.read_text().splitlines()]
+        ranks = {base64.b64decode(word): int(rank) for word, rank in words}
+        special = {"<|endoftext|>": self.meta["eot_token"]}
+        return tiktoken.Encoding(self.name, pat_str=self.meta["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=special)
+
+    def known(self, tokens: np.ndarray) -> torch.Tensor:
+        """The tokens as int64, refused if the vocabulary lacks one."""
+        require(tokens.max() < self.vocab_size,
+                f"{self.folder} holds token {tokens.max()}, but its vocabulary has "
+                f"{self.vocab_size}; prepare the corpus again")
+        return torch.from_numpy(tokens.astype(np.int64))
+
+class Shards:
+    """Mapped files as one array of tokens: len, slices, integer arrays as indices (give copies)."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index) -> np.ndarray:
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        which = np.searchsorted(self.ends, index, "right")  # the part that each token lies in
+        tokens = np.empty(index.shape, np.uint16)
+        for i in np.unique(which):
+            begin = self.ends[i] - len(self.parts[i])
+            tokens[which == i] = self.parts[i][index[which == i] - begin]
+        return tokens
+
+def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
+    """(tokens,) uint16 of SPLIT.bin, or of shards *_SPLIT_*.bin as modded-nanogpt has them.
+
+    A shard begins with 256 int32: 20240520, 1, the number of its tokens.
+    """
+    plain = folder / f"{split}.bin"
+    parts = []
+    for path in [plain] if plain.exists() else sorted(folder.glob(f"*_{split}_*.bin")):
+        size, header = path.stat().st_size, np.fromfile(path, "<i4", 3)
+        require(size % 2 == 0, f"{path} has {size} bytes; expected an even number, of uint16 "
+                "tokens; fetch or prepare it again")
+        shard = tuple(header[:2]) == (20240520, 1)
+        part = np.memmap(path, "<u2", "r", 1024 * shard) if size else np.empty(0, "<u2")
+        claimed = header[2] if shard else len(part)
+        require(len(part) == claimed,
+                f"{path} has {len(part)} tokens, its header says {claimed}; fetch it again")
+        parts.append(part)
+    return Shards(parts) if len(parts) > 1 else next(iter(parts), None)
+
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+def open_corpus(name) -> Corpus:
+    """The corpus data/NAME/, or any folder, with its tokens mapped; LawaError with what to run.
+
+    Without a meta.json, token files as nanoGPT or modded-nanogpt write them are taken for GPT-2's
+    tokens, which is said on stderr.
+    """
+    folder = DATA / str(name) if (DATA / str(name)).is_dir() else Path(name)
+    described = folder / "meta.json"
+    tokens = {split: map_tokens(folder, split) for split in ("train", "val")}
+    lacking = [split for split, part in tokens.items() if part is None]
+    if described.exists():
+        try:
+            meta = json.loads(described.read_text())
+        except ValueError as error:
+            raise LawaError(f"{described}: damaged ({error}); prepare the corpus again") from None
+    else:
+        command = f"python {DATA / str(name) / 'prepare.py'}"
+        if not (DATA / str(name) / "prepare.py").exists():
+            command = f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"
+        killed = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*")]  # a prepare.py of ours
+        require(not lacking and not killed,
+                f"no corpus {str(name)!r}: expected {described}; run {command}")
+        meta = {"name": folder.resolve().name,
+                "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
+        for split, part in tokens.items():
+            begin = hashlib.sha256(part[:100_000].tobytes()).hexdigest()
+            meta |= {f"{split}_tokens": len(part), f"{split}_begin": begin}
+        say_once(f"{folder} has no meta.json: its {len(tokens['train']):,} + "
+                 f"{len(tokens['val']):,} tokens are taken for GPT-2's")
+    needed = {"name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens"}
+    missing = ", ".join(sorted(needed - set(meta)))
+    require(not missing, f"{described} lacks {missing}; prepare the corpus again")
+    for split, part in tokens.items():
+        count, expected = "no" if part is None else len(part), meta[f"{split}_tokens"]
+        require(count == expected, f"{folder / split}.bin has {count} tokens, meta.json says "
+                f"{expected}; prepare the corpus again")
+    return Corpus(folder, meta, **tokens)
+
+# ---- 4. Batches and rates ------------------------------------------------------------------------
+
+def batch(tokens, config: Config, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """The batch of step `step`: (sequences, block_size + 1) int64, or rank `rank`'s share of it.
+
+    A function of (seed, step) alone: resuming, evaluating, and more ranks do not change it.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    starts = generator.integers(0, len(tokens) - config.block_size, sequences)
+    starts = np.split(starts, world)[rank]
+    return tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64)
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of optimizer step `step` (0-based): warm-up, the schedule, the burst."""
+    peak = config.lr
+    if config.burst_at <= step < config.burst_at + config.burst_iters:
+        peak *= config.burst_factor
+    if step < config.warmup_iters:
+        return peak * (step + 1) / (config.warmup_iters + 1)  # nanoGPT's: never 0
+    if config.schedule == "constant":
+        return peak
+    begin = config.warmup_iters
+    if config.schedule == "wsd":
+        begin = config.max_iters - round(config.cooldown_frac * config.max_iters)
+    else:
+        step = min(step, round(config.hold_frac * config.max_iters))
+    x = min(max(step - begin, 0) / max(config.max_iters - begin, 1), 1.0)  # share of the decay done
+    left = 0.5 * (1 + math.cos(math.pi * x))
+    if config.schedule == "wsd":
+        left = 1 - math.sqrt(x)  # Hägele et al. (arXiv 2405.18392)
+    return peak * (config.min_lr_frac + (1 - config.min_lr_frac) * left)
+
+# ---- 5. Run folder -------------------------------------------------------------------------------
+
+BY_CONTENT = ("corpus", "init_from")  # fields that stand for a content: its path does not matter
+
+def described(config: Config, corpus: Corpus) -> dict:
+    """What config.json says."""
+    start = config.init_from and lawa_core.open_checkpoint(config.init_from).fingerprint
+    return dataclasses.asdict(config) | {
+        "tokens_per_step": config.tokens_per_step, "corpus_fingerprint": corpus.fingerprint,
+        "init_fingerprint": start}
+
+def run_dir(config: Config, runs=None, device: str = "auto") -> Path:
+    """runs/<corpus>-<preset>-<hash of every field and of the content of corpus and init_from>."""
+    corpus = open_corpus(config.corpus)
+    values = described(config.resolved(pick_device(device)), corpus)
+    values = {key: value for key, value in values.items() if key not in BY_CONTENT}
+    name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    return Path(runs or RUNS) / f"{corpus.name}-{config.preset}-{name}"
+
+def claim(folder: Path, config: Config, corpus: Corpus) -> None:
+    """Write config.json, or refuse a folder that holds another run."""
+    path, wanted = folder / "config.json", described(config, corpus)
+    if not path.exists():
+        with lawa_core.replacing(path) as part:
+            part.write_text(json.dumps(wanted, indent=1))
+    found = json.loads(path.read_text())
+    changed = [key for key in wanted | found if found.get(key) != wanted.get(key)]
+    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}"
+               for key in changed if key not in BY_CONTENT]
+    require(not changes, f"{folder} holds a run of another configuration ({', '.join(changes)}); "
+            "choose another --out_dir")
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """One process per run; another one waits and then finds the work done. The lock goes with its process, even after kill -9."""
+    """One process per run folder; another waits. The lock goes with its process, even killed."""
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(f"waiting: another process is at work on {folder.name}", file=sys.stderr, flush=True)
+            say_once(f"waiting: another process is at work on {folder.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
+    """What a checkpoint, with those of the averages kept while training, takes: float32 weights."""
+    everything, _ = count_parameters(gpt_config(config.preset, vocab_size))
+    return 4 * everything * (1 + len(config.online))
 
-def _on_cpu(tree):
-    """A copy of nested dicts and lists of tensors, on the CPU: what training changes next stays out of the file being written."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
+def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set[int]:
+    """The steps whose checkpoints are written: evenly spaced, as many as fit disk_budget bytes.
 
+    With a scheme `keep`: all that its windows need, at as many evenly spaced targets as fit.
+    """
+    steps, size = config.checkpoint_steps, checkpoint_bytes(config, vocab_size)
+    for stride in range(1, len(steps) + 1):
+        targets = steps[::-1][::stride]  # the last checkpoint always
+        needed = set(targets)
+        if keep:
+            needed.update(*(lawa_core.row(keep, steps, target) for target in targets))
+        if len(needed) * size <= disk_budget:
+            return needed
+    raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of "
+                    f"{size:,} bytes, got {disk_budget:,.0f}")
 
-class _Behind:
-    """A thread that does one thing behind the training: writing what was copied, or cutting the next batch. An error surfaces at `wait`."""
-
-    def __init__(self):
-        self.pool, self.last = ThreadPoolExecutor(1), None
-
-    def start(self, work, *args) -> None:
-        self.wait()
-        self.last = self.pool.submit(work, *args)
-
-    def wait(self):
-        """The result of what was started last."""
-        last, self.last = self.last, None
-        return last and last.result()
-
-    def close(self) -> None:
-        self.pool.shutdown()
-
-
-class _Run:
-    """One run in progress: model, optimizer, averages, and how many steps are done."""
-
-    def __init__(self, config: Config, corpus: Corpus, folder: Path, device, threads=None, compile=False, rank=0, world=1, written=None):
-        self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
-        self.rank, self.world, self.written, self.done = rank, world, written or set(), config.init_step
-        saved = torch.load(folder / "resume.pt", map_location=device, weights_only=True) if (folder / "resume.pt").exists() else None
-        if threads or saved:
-            torch.set_num_threads(saved["threads"] if saved else threads)  # sums may round differently with another number of threads
-        self.model = GPT(preset(config.preset, corpus.vocab_size), config.seed).to(device)
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.lr, betas=(config.beta1, config.beta2), fused=device.type in ("cuda", "cpu"))
-        self.averages = {text: ONLINE[type(scheme)](self.model, scheme) for text, scheme in config.online.items()}
-        if saved:
-            self._restore(saved)
-        elif config.init_from:
-            self.model.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
-        self.step_model = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world > 1 else self.model
-        self.synced = self.step_model  # under torch.compile the wrapper keeps its no_sync
-        self.step_model = torch.compile(self.step_model) if compile else self.step_model
-        self.writer, self.loader = _Behind(), _Behind()
-
-    def _restore(self, saved: dict) -> None:
-        self.done = saved["step"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for text, average in self.averages.items():
-            average.load_state_dict(saved["averages"][text])
-
-    def save_state(self, name: str = "resume.pt") -> None:
-        self.writer.wait()  # one copy in memory at a time
-        state = {"step": self.done, "threads": torch.get_num_threads(), "model": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict(),
-                 "averages": {text: average.state_dict() for text, average in self.averages.items()}}
-        self.writer.start(lawa_core.save, self.folder / name, _on_cpu(state))
-
-    def save_checkpoint(self) -> None:
-        self.writer.wait()
-        name = checkpoint_name(self.done)
-        states = {self.folder / name: _on_cpu(dict(self.model.state_dict()))}
-        for text, average in self.averages.items():
-            with contextlib.suppress(LawaError):  # nothing averaged before its start
-                states[self.folder / scheme_dir(text) / name] = _on_cpu(average.average())
-        self.writer.start(lambda: [lawa_core.save(path, state) for path, state in states.items()])
-
-    def _batch(self, step: int) -> torch.Tensor:
-        tokens = torch.from_numpy(_known(batch(self.corpus.train, self.config, step, self.rank, self.world), self.corpus))
-        return tokens.pin_memory() if self.device.type == "cuda" else tokens
-
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step. Returns (this rank's loss, gradient norm), still on the device: reading them would stop it."""
-        config, tokens = self.config, self.loader.wait()
-        tokens = (self._batch(self.done) if tokens is None else tokens).to(self.device, non_blocking=True)
-        if self.device.type == "cuda" and self.done + 1 < config.max_iters:  # cutting a batch takes a CPU less than handing it over
-            self.loader.start(self._batch, self.done + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.done)
-        parts, total = tokens.split(config.batch_size), 0.0
-        for part in parts:
-            alone = self.world > 1 and part is not parts[-1]  # gradients travel once per step
-            with self.synced.no_sync() if alone else contextlib.nullcontext():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-                    _, loss = self.step_model(part[:, :-1], part[:, 1:])
-                (loss / len(parts)).backward()
-            total = total + loss.detach() / len(parts)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        for average in self.averages.values():
-            average.update(self.done)
-        return total, norm
-
-    def go(self, eval_interval: int, state_seconds: float, leave: Collection[int], progress) -> None:
-        """Train to the end, or to a signal."""
-        config, begun, first, self.saved, self.pending = self.config, time.monotonic(), self.done, time.monotonic(), []
-        self.metrics = _Table(self.folder / "metrics.csv", COLUMNS, self.done, self.rank == 0)
-        self.val = _Table(self.folder / "val.csv", ("step", "loss"), self.done, self.rank == 0 and bool(eval_interval))
-        with _signals() as caught:
+def take_over(state: Path, folder: Path, config: Config) -> None:
+    """Make a new run what the run with that state file was: links, as files are only replaced."""
+    links = {}
+    for place in ("", *map(scheme_dir, config.online)):
+        for path in (state.parent / place).glob("ckpt_*.safetensors"):
+            if lawa_core.step_of(path) <= lawa_core.step_of(state):
+                links[folder / place / path.name] = path
+    links[folder / "metrics.csv"] = state.parent / "metrics.csv"  # training cuts it at the state
+    links[folder / "resume.pt"] = state  # last: without it, a run starts from its beginning
+    for name, path in links.items():
+        with lawa_core.replacing(name) as part:
             try:
-                while self.done < config.max_iters:
-                    loss, norm = self.step()
-                    self.pending.append((self.done, self.done * config.tokens_per_step, self.optimizer.param_groups[0]["lr"], loss, norm))
-                    self._look(caught, eval_interval, state_seconds, progress)
-                    if self.done in leave and self.rank == 0:
-                        self.save_state(f"state_{self.done}.pt")
-                self.writer.wait()
-            except OSError as error:
-                raise JobFailed(f"cannot write {self.folder}: {error.strerror or error}; mend that, and the same command goes on from its "
-                                "last state") from None
-            finally:
-                self.loader.close()
-                self.writer.close()
-        if self.rank == 0:
-            self._summarize(first, time.monotonic() - begun)
+                os.link(path, part)
+            except OSError:  # a disk without links
+                shutil.copyfile(path, part)
 
-    def _look(self, caught: list, eval_interval: int, state_seconds: float, progress) -> None:
-        """After a step: losses, checkpoints, states and signals, each when it is due."""
-        at_checkpoint = self.done % self.config.ckpt_interval == 0
-        look = at_checkpoint or self.done % READ_EVERY == 0 or self.done == self.config.max_iters
-        if look or (caught and self.world == 1):
-            stop = self._flush(bool(caught), progress)
-            if self.rank == 0 and at_checkpoint and self.done in self.written:
-                self.save_checkpoint()
-            self._validate(eval_interval)
-            if self.rank == 0 and (stop or (at_checkpoint and time.monotonic() - self.saved >= state_seconds)):
-                self.save_state()
-                self.saved = time.monotonic()
-            if stop:
-                self.writer.wait()
-                raise KeyboardInterrupt if caught == [signal.SIGINT] else SystemExit(128 + signal.SIGTERM)
-        else:
-            self._validate(eval_interval)
+# ---- 6. Training ---------------------------------------------------------------------------------
 
-    def _validate(self, eval_interval: int) -> None:
-        if self.rank == 0 and eval_interval and self.done % eval_interval == 0:
-            self.val.write([(self.done, float(evaluate(self.model, self.corpus).mean()))])
+READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
 
-    def _flush(self, stop: bool, progress) -> bool:
-        """Read and write the pending losses, the mean over ranks; returns whether any rank was told to stop."""
-        told = torch.full((2,), float(stop), device=self.device)
-        numbers = torch.stack([*(torch.stack([loss, norm]) for *_, loss, norm in self.pending), told])
-        if self.world > 1:
-            torch.distributed.all_reduce(numbers)
-            numbers /= self.world
-        *pairs, (stopped, _) = numbers.tolist()
-        rows = [(step, tokens, lr, *pair) for (step, tokens, lr, *_), pair in zip(self.pending, pairs, strict=True)]
-        self.pending.clear()
-        for step, _, lr, loss, norm in rows:
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise JobFailed(f"{self.folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate {lr:.2e}; lower --lr "
-                               f"{self.config.lr:g}; the checkpoints and the state before are kept")
-        self.metrics.write(rows)
-        if progress and rows and self.rank == 0:
-            progress(self.done, self.config.max_iters, rows[-1][3])
-        return stopped > 0
+def adamw(net: nn.Module, config: Config) -> torch.optim.AdamW:
+    """The optimizer; only matrices and embeddings decay."""
+    matrices = [p for p in net.parameters() if p.dim() >= 2]
+    vectors = [p for p in net.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    fused = matrices[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=fused)
 
-    def _summarize(self, first: int, seconds: float) -> None:
-        summary = {"steps": self.done, "parameters": self.model.size(), "seconds": round(seconds, 1),
-                   "tokens_per_second": round((self.done - first) * self.config.tokens_per_step / max(seconds, 1e-9)), "ranks": self.world,
-                   "threads": torch.get_num_threads(), "device": self.device.type, "torch": torch.__version__}
-        with lawa_core.replacing(self.folder / "summary.json") as part:
-            part.write_text(json.dumps(summary, indent=1))
-        (self.folder / "resume.pt").unlink(missing_ok=True)
+def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
+    """One optimizer step on tokens (sequences, block_size + 1), micro-batch by micro-batch.
 
-
-class _Table:
-    """A CSV that grows row by row, cut back to the step a run resumes from; one that is not `kept` ignores its rows."""
-
-    def __init__(self, path: Path, columns, done: int, kept: bool):
-        self.path, self.kept = path, kept
-        if not kept:
-            return
-        lines = path.read_text().splitlines()[1:] if path.exists() else []
-        whole = [line for line in lines if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= done]
-        with lawa_core.replacing(path) as part:
-            part.write_text("\n".join([",".join(columns), *whole, ""]))
-
-    def write(self, rows) -> None:
-        if self.kept:
-            with open(self.path, "a") as file:
-                file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
-
+    Returns (mean loss, gradient norm before clipping), on the device: reading them would stop it.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    parts = tokens.split(config.batch_size)
+    mean = 0.0
+    for i, part in enumerate(parts):
+        if ddp:  # gradients travel once per step, with the last micro-batch
+            ddp.require_backward_grad_sync = i == len(parts) - 1
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            _, loss = network(part[:, :-1], part[:, 1:])
+        (loss / len(parts)).backward()
+        mean = mean + loss.detach() / len(parts)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean, norm
 
 @contextlib.contextmanager
-def _signals():
-    """Inside, Ctrl-C and SIGTERM are noted in the list, for the loop to act between two steps; a second Ctrl-C interrupts at once."""
-    caught = []
-
-    def note(number, _):
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number))
+def joined_ranks(device: torch.device, world: int):
+    """(rank, device) of this process, by torchrun's environment; gloo joins CPUs, nccl GPUs."""
+    if world == 1:
+        yield 0, device
+        return
+    # torchrun's store of addresses outlives a lost rank: the next ones would hang
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    require(first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            "a rank was lost; torchrun restarts well only with --standalone or --rdzv_backend=c10d "
+            "and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it; start it so, and it goes on")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: its signals are not ours
-        before = {}
-    try:
-        yield caught
+        yield torch.distributed.get_rank(), device
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        torch.distributed.destroy_process_group()
 
+def on_cpu(tree):
+    """A copy of nested dicts and lists of tensors, on the CPU: training may change its own."""
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [on_cpu(value) for value in tree]
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, torch.Tensor) else tree
 
-# ---- 2. Evaluation ------------------------------------------------------------------------------------------------------------------
+def start_table(path: Path, columns: str, step: int) -> None:
+    """Begin a CSV, or cut it back to the step from which a run goes on."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    whole = [line for line in lines if line.count(",") == columns.count(",")]
+    kept = [line for line in whole if int(line.split(",")[0]) <= step]
+    with lawa_core.replacing(path) as part:
+        part.write_text("\n".join([columns, *kept, ""]))
+
+def append(path: Path, rows) -> None:
+    try:
+        with open(path, "a") as file:
+            file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
+    except OSError as error:
+        raise JobFailed(f"cannot write {path}: {error.strerror}; mend that, and the same command "
+                        "goes on from its last state") from None
+
+def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None,
+          compile: bool | None = None, eval_interval: int = 0, state_seconds: float = 30,
+          keep=None, disk_budget: float = math.inf, state_at: Collection[int] = (),
+          resume_from=None, bar: bool = False) -> Path:
+    """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
+
+    It holds config.json, metrics.csv (loss on the batch before the update), ckpt_<step>.safetensors
+    (float32 weights), a folder of these per average, resume.pt while unfinished, summary.json once
+    finished. Under torchrun every rank calls this: the batches are one process's, cut in equal
+    parts, and rank 0 writes. Beside the config, nothing changes a number:
+        out_dir: default `run_dir`; threads: of a CPU, an interrupted run keeps its own
+        compile: default on CUDA; eval_interval: steps between losses in val.csv, 0: none
+        state_seconds: a kill loses at most so much work, rounded up to a checkpoint
+        keep, disk_budget: see `kept_steps`; bar: show progress
+        state_at: steps whose whole state stays as state_<step>.pt
+        resume_from: such a file of a run that trains alike until then; if it is there, a run that
+            has not begun takes it over, with checkpoints and rows, and ends as if trained alone
+    Errors: LawaError for a bad configuration or corpus; JobFailed for a loss that is not finite or
+    a full disk, what was saved is kept. Ctrl-C and SIGTERM save the state, then raise
+    KeyboardInterrupt and SystemExit(143).
+    """
+    device = pick_device(device)
+    config = config.resolved(device)
+    corpus = open_corpus(config.corpus)
+    folder = Path(out_dir) if out_dir else run_dir(config)
+    written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
+
+    # refuse what cannot work, before anything is written
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    share = sequences // world  # of a rank
+    require(sequences % world == 0 and share % min(config.batch_size, share) == 0,
+            f"batch_size x gradient_accumulation_steps = {config.batch_size} x "
+            f"{config.gradient_accumulation_steps} cannot be cut in {world} equal ranks")
+    for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
+        enough = len(tokens) > config.block_size or (split == "validation" and not eval_interval)
+        require(enough, f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one "
+                f"block of {config.block_size}")
+    require(threads is None or threads >= 1, f"threads must be at least 1, got {threads}")
+    require(eval_interval >= 0, f"eval_interval must be at least 0, got {eval_interval}")
+    require(state_seconds >= 0, f"state_seconds must be at least 0, got {state_seconds}")
+    spaced = " " in torch.__file__  # torch.compile calls the compiler without quoting its folder
+    require(not (compile and spaced), "torch.compile fails where torch's folder has a space in its "
+            f"name: {torch.__file__}; leave --compile out")
+    compile = device.type == "cuda" and not spaced if compile is None else compile
+
+    with contextlib.ExitStack() as stack:
+        rank, device = stack.enter_context(joined_ranks(device, world))
+        resume, summary = folder / "resume.pt", folder / "summary.json"
+        if rank == 0:
+            claim(folder, config, corpus)
+            stack.enter_context(locked(folder))
+            if not summary.exists():
+                for part in folder.rglob(".*.part"):
+                    part.unlink()  # what a killed process was writing
+                if resume_from and Path(resume_from).exists() and not resume.exists():
+                    take_over(Path(resume_from), folder, config)
+        if world > 1:
+            torch.distributed.barrier()  # only now may the others look into the folder
+        if summary.exists():
+            return folder
+
+        # set-up: the network, its optimizer and averages; or as an interrupted run had them
+        saved = None
+        if resume.exists():
+            saved = torch.load(resume, map_location=device, weights_only=True)
+        if saved or threads:  # with another number of threads, sums may round differently
+            torch.set_num_threads(saved["threads"] if saved else threads)
+        net = GPT(gpt_config(config.preset, corpus.vocab_size), config.seed).to(device)
+        optimizer = adamw(net, config)
+        averages = {text: ONLINE[type(scheme)](net, scheme) for text, scheme in config.schemes()}
+        done = config.init_step
+        if saved:
+            done = saved["step"]
+            net.load_state_dict(saved["net"])
+            optimizer.load_state_dict(saved["optimizer"])
+            for text, average in averages.items():
+                average.load_state_dict(saved["averages"][text])
+        elif config.init_from:
+            net.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
+        del saved
+        ddp = None
+        if world > 1:
+            ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        network = ddp or net
+        if compile:
+            torch.compiler.reset()  # the run before in this process had another network
+            network = torch.compile(network)
+        if rank == 0:
+            start_table(folder / "metrics.csv", "step,tokens,lr,loss,grad_norm", done)
+        if rank == 0 and eval_interval:
+            start_table(folder / "val.csv", "step,loss", done)
+
+        pool = stack.enter_context(ThreadPoolExecutor(1))  # files are written behind the training
+        writing = None
+
+        def write(states: dict) -> None:
+            """Write {path: state} as it is now; one copy in memory at a time."""
+            nonlocal writing
+            if writing:
+                writing.result()  # an error of the writing before is raised here
+            copies = on_cpu(states)
+            writing = pool.submit(lambda: [lawa_core.save(*item) for item in copies.items()])
+
+        # signals are noted, for the loop to act between two steps; a second Ctrl-C acts at once
+        caught = []
+
+        def note(number, _):
+            caught.append(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(ValueError):  # not the main thread: its signals are not ours
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, note))
+        shown = None
+        if bar and rank == 0:
+            shown = stack.enter_context(lawa_core.progress(
+                config.max_iters, f"training {folder.name}", "step", initial=done))
+
+        first, begun, state_saved, pending = done, time.monotonic(), time.monotonic(), []
+        while done < config.max_iters:
+            # the next batch, (sequences, block_size + 1), is cut while a GPU still computes
+            tokens = corpus.known(batch(corpus.train, config, done, rank, world))
+            if device.type == "cuda":
+                tokens = tokens.pin_memory().to(device, non_blocking=True)
+            tokens = tokens.to(device)
+            loss, norm = train_step(network, optimizer, tokens, config, done, ddp)
+            done += 1
+            for average in averages.values():
+                average.update(done)
+            lr = optimizer.param_groups[0]["lr"]
+            pending.append((done, done * config.tokens_per_step, lr, loss, norm))
+            if rank == 0 and eval_interval and done % eval_interval == 0:
+                append(folder / "val.csv", [(done, float(evaluate(net, corpus).mean()))])
+            at_checkpoint = done % config.ckpt_interval == 0
+            look = at_checkpoint or done % READ_EVERY == 0 or done == config.max_iters
+            if not (look or done in state_at or (caught and world == 1)):
+                continue
+
+            # read and log the losses since the last look, (steps + 1, 2): the mean over ranks
+            flags = torch.full((2,), float(bool(caught)), device=device)  # a signal stops all
+            numbers = torch.stack([*(torch.stack(row[3:]) for row in pending), flags])
+            if world > 1:
+                torch.distributed.all_reduce(numbers)
+                numbers /= world
+            *pairs, (stop, _) = numbers.tolist()
+            rows = [(*row[:3], *pair) for row, pair in zip(pending, pairs, strict=True)]
+            pending.clear()
+            for step, _, lr, loss, norm in rows:
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise JobFailed(
+                        f"{folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate "
+                        f"{lr:.2e}; lower --lr {config.lr:g}; what was saved before is kept")
+            if rank == 0:
+                append(folder / "metrics.csv", rows)
+            if shown is not None:
+                shown.postfix = f"loss {loss:.3f}"
+                shown.update(len(rows))
+
+            # save the weights and their averages, then the state, and stop if told to
+            if rank == 0 and at_checkpoint and done in written:
+                states = {folder / checkpoint_name(done): net.state_dict()}
+                for text, average in averages.items():
+                    path = folder / scheme_dir(text) / checkpoint_name(done)
+                    with contextlib.suppress(LawaError):  # nothing is averaged before its start
+                        states[path] = average.average()
+                write(states)
+            late = at_checkpoint and time.monotonic() - state_saved >= state_seconds
+            names = [f"state_{done}.pt"] if done in state_at else []
+            if stop or late:
+                names.append("resume.pt")
+                state_saved = time.monotonic()
+            for name in names if rank == 0 else []:
+                kept = {text: average.state_dict() for text, average in averages.items()}
+                write({folder / name: {
+                    "step": done, "threads": torch.get_num_threads(), "net": net.state_dict(),
+                    "optimizer": optimizer.state_dict(), "averages": kept}})
+            if stop:
+                break
+
+        # the end, or a signal
+        ddp = network = None  # freed after the group of ranks, it would wait for ever
+        if writing:
+            writing.result()
+        if done < config.max_iters:
+            raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(143)
+        seconds = time.monotonic() - begun
+        speed = round((done - first) * config.tokens_per_step / max(seconds, 1e-9))
+        if rank == 0:
+            with lawa_core.replacing(summary) as part:
+                part.write_text(json.dumps({
+                    "steps": done, "parameters": net.size(), "seconds": round(seconds, 1),
+                    "tokens_per_second": speed, "ranks": world, "threads": torch.get_num_threads(),
+                    "device": device.type, "torch": torch.__version__}, indent=1))
+            resume.unlink(missing_ok=True)
+    return folder
+
+# ---- 7. Evaluation -------------------------------------------------------------------------------
 
 BLOCKS = 128  # validation blocks by default
-SMALL = 1 << 24  # parameters: up to this size a model is evaluated on one core, several side by side
-VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row in eval.csv
-
+SMALL = 1 << 24  # parameters: a CPU evaluates models up to this size side by side, a core for each
+VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row of eval.csv, beside its key
 
 @torch.inference_mode()
-def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS, batch_tokens: int | None = None) -> np.ndarray:
-    """Loss in nats per token of `n_blocks` fixed blocks spread evenly over the validation tokens: (n_blocks,) float64.
+def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS) -> np.ndarray:
+    """Losses in nats per token of `n_blocks` fixed validation blocks: (n_blocks,) float64.
 
-    The same blocks for every model of one block size, so that differences are paired. Draws no random numbers; leaves the model as it was.
-    batch_tokens: at a time; default 8192, on a CPU 2048, whose activations are nearer to its caches and take little memory.
+    They are spread evenly (fewer if the text is short), and the same for every model of one block
+    size, so that differences are paired. Draws no random numbers; leaves the model as it was.
     """
-    block, device, training = model.config.block_size, next(model.parameters()).device, model.training
-    batch_tokens = batch_tokens or (2048 if device.type == "cpu" else 8192)
+    block = model.config.block_size
     n_blocks = min(n_blocks, (len(corpus.val) - 1) // block)
-    if n_blocks < 1:
-        raise LawaError(f"{corpus.name} has {len(corpus.val)} validation tokens; expected more than {block}, and n_blocks of at least 1")
+    require(n_blocks >= 1, f"{corpus.name} has {len(corpus.val)} validation tokens; expected more "
+            f"than {block}, and n_blocks of at least 1")
     starts = np.linspace(0, len(corpus.val) - block - 1, n_blocks).astype(np.int64)
-    tokens = torch.from_numpy(_known(corpus.val[starts[:, None] + np.arange(block + 1)].astype(np.int64), corpus))
-    half = torch.float16 if next(model.parameters()).dtype == torch.float16 else torch.bfloat16
+    tokens = corpus.known(corpus.val[starts[:, None] + np.arange(block + 1)])  # (blocks, block + 1)
+    weight, training = next(model.parameters()), model.training
+    half = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+    at_a_time = 2048 if weight.device.type == "cpu" else 8192  # tokens; near a CPU's caches
     model.eval()
     losses = []
-    for part in tokens.split(max(batch_tokens // block, 1)):
-        part = part.to(device)
-        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
-            loss = model.losses(part[:, :-1], part[:, 1:])
+    for part in tokens.split(max(at_a_time // block, 1)):
+        part = part.to(weight.device)
+        with torch.autocast(weight.device.type, half, enabled=weight.device.type == "cuda"):
+            loss = model.losses(part[:, :-1], part[:, 1:])  # (blocks at a time, block)
         losses.append(loss.double().mean(1).cpu())
     model.train(training)
     return torch.cat(losses).numpy()
 
+def run_model(run) -> tuple[GPTConfig, Corpus]:
+    """(shape of a run's model, its corpus)."""
+    path = Path(run) / "config.json"
+    require(path.exists(), f"{run} is no run folder: expected {path}, as model.py train writes it")
+    config = json.loads(path.read_text())
+    corpus = open_corpus(config["corpus"])
+    return gpt_config(config["preset"], corpus.vocab_size), corpus
 
-def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *, model: GPT | None = None,
-                        corpus: Corpus | None = None, every: float = 5.0) -> list[dict]:
-    """Losses of a run and of averages along it, each checkpoint read once; kept in eval.csv beside the run, so nothing is evaluated twice.
+def read_rows(path: Path | None) -> dict:
+    """{(step, scheme, n_blocks): {"loss": ..., ...}} of an eval.csv; empty without one."""
+    rows = {}
+    if path and path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                key = int(row["step"]), row["scheme"], int(row["n_blocks"])
+                rows[key] = {name: float(row[name]) for name in VALUES}
+    return rows
 
-    Args: run: run folder, or any trajectory if `model` (of its shape; its weights are overwritten) and `corpus` are given; schemes:
-    {label: scheme, or the text of an average kept while training}; at: target steps, default all checkpoints; n_blocks: validation blocks;
-    every: seconds between lines of progress.
-    Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se", "n_blocks"}: loss in nats per token with its
-    standard error over blocks, bpb in bits per byte of text, gain = run minus average on the same blocks (positive is good). The run itself
-    is the scheme "run".
+def write_rows(path: Path, rows: dict) -> None:
+    """Add rows to an eval.csv, to which other processes may be adding theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(path.parent))
+        part = stack.enter_context(lawa_core.replacing(path))
+        writer = csv.writer(stack.enter_context(open(part, "w", newline="")))
+        writer.writerow(("step", "scheme", "n_blocks", *VALUES))
+        for key, values in sorted((read_rows(path) | rows).items()):
+            writer.writerow([*key, *(repr(values[name]) for name in VALUES)])
+
+def mean_se(x: np.ndarray) -> tuple[float, float]:
+    """(mean, its standard error)."""
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+
+def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *,
+                        model: GPT | None = None, corpus: Corpus | None = None, load=None,
+                        each=None, on_disk: bool = False, cache=None) -> list[dict]:
+    """Losses of a trajectory and of averages along it, of a run as of a public model's checkpoints.
+
+    The next average is made while the last is evaluated, and never more than one waits. Rows are
+    kept in a CSV: nothing is evaluated twice, and what was interrupted goes on.
+    Args: run: a run folder, or with `model` and `corpus` what `lawa_core.open_trajectory` takes
+        schemes: {label: scheme, or the text of an average kept while training}
+        at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
+        model: an empty one of the right shape, the only one used; its weights are overwritten
+        load: load(model, state) copies an average into it, default load_state_dict
+        each: each(step, label, state) is called before an evaluation
+        cache: path of the CSV; default eval.csv in a run folder, none with `model`
+    Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se",
+    "n_blocks"}: loss in nats per token with its standard error over blocks, bpb in bits per byte of
+    text, gain = run minus average on the same blocks (positive is good). The run itself is "run".
     """
     device = pick_device(device)
-    shape, corpus = (model.config, corpus) if model else _of_run(run)
-    trajectory, folder = lawa_core.open_trajectory(run), Path(run) if isinstance(run, (str, os.PathLike)) and Path(run).is_dir() else None
-    schemes, at = {"run": lawa_core.newest(), **schemes}, list(trajectory.steps if at is None else at)
-    cache = _Cache(folder and folder / "eval.csv", n_blocks)
-    missing = cache.missing(at, schemes)
-    wanted = {name: scheme for name, scheme in schemes.items() if name == "run" or any(cache.get(step, scheme) is None for step in missing)}
-    if not missing:
-        return cache.table(trajectory.name, at, schemes, corpus)
-    own, begun, told, total = None, time.monotonic(), time.monotonic(), len(missing) * len(wanted)
-    averages = _states(trajectory, folder, wanted, missing)
-    try:
-        for done, (step, name, losses) in enumerate(_losses(averages, shape, corpus, n_blocks, device, model), 1):
-            own = losses if name == "run" else own  # comes first at every step
-            cache.add(step, schemes[name], losses, own)
-            if time.monotonic() - told > every:
-                told = time.monotonic()
-                rate = done / (told - begun)
-                left = (total - done) / rate
-                print(f"evaluating {trajectory.name}: {done} of {total} models, {rate:.1f}/s, {left:.0f} s left", flush=True)
-                cache.write()
-    finally:
-        if own is not None:
-            cache.write()
-    return cache.table(trajectory.name, at, schemes, corpus)
+    if model is None:
+        shape, corpus = run_model(run)
+        cache = cache or Path(run) / "eval.csv"
+    cache = cache and Path(cache)
+    trajectory = lawa_core.open_trajectory(run)
+    schemes = {"run": lawa_core.newest(), **schemes}
+    at = list(trajectory.steps if at is None else at)
+    rows = read_rows(cache)
 
+    def lacks(step: int, scheme) -> bool:
+        return (step, str(scheme), n_blocks) not in rows
+    missing = [step for step in at if any(lacks(step, scheme) for scheme in schemes.values())]
+    wanted = {label: scheme for label, scheme in schemes.items()
+              if label == "run" or any(lacks(step, scheme) for step in missing)}
+    kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
+    swept = {label: scheme for label, scheme in wanted.items() if label not in kept}
+    allow = () if model else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
 
-def _losses(states, shape: GPTConfig, corpus: Corpus, n_blocks: int, device: torch.device, model: GPT | None):
-    """(step, name, losses) of each (step, name, weights), in order, while the next averages are made.
+    def states():
+        """(step, label, state): the averages of a step, then those kept while training."""
+        for step, label, state in lawa_core.sweep(
+                trajectory, swept, missing, on_disk=on_disk, allow=allow):
+            yield step, label, state
+            for own in kept if label == list(swept)[-1] else ():
+                path = Path(run) / scheme_dir(kept[own]) / checkpoint_name(step)
+                yield step, own, dict(lawa_core.open_checkpoint(path))
 
-    Small models are evaluated side by side on a CPU, each on a core of its own: one does not keep several busy. A given `model` is the only
-    one used.
-    """
+    # a CPU evaluates small models side by side: one does not keep several cores busy
     threads = torch.get_num_threads()
-    jobs = min(threads, 8) if device.type == "cpu" and not model and _parameters(shape)[0] <= SMALL else 1
-    models, coming = [model or blank(shape, device) for _ in range(jobs)], collections.deque()
+    small = model is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
+    jobs = min(threads, 8) if small else 1
+    free, busy, own_losses = [], [], {}  # busy: (step, label, model, its losses to come)
+    if missing:
+        free = [model.to(device)] if model else [empty_model(shape, device) for _ in range(jobs)]
 
-    def losses(state):
-        free = models.pop()  # as many as there are threads in the pool
-        free.to(device).load_state_dict(state)
-        found = evaluate(free, corpus, n_blocks)
-        models.append(free)
-        return found
+    def finish() -> None:
+        """Wait for the evaluation begun first, and keep its row."""
+        step, label, net, coming = busy.pop(0)
+        losses = coming.result()
+        free.append(net)
+        if label == "run":  # it comes first at every step
+            own_losses[step] = losses
+        values = (*mean_se(losses), *mean_se(own_losses[step] - losses))
+        rows[step, str(wanted[label]), n_blocks] = dict(zip(VALUES, values, strict=True))
+        if cache and label == [*swept, *kept][-1]:
+            write_rows(cache, rows)
+        shown.update(1)
+
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        pool = stack.enter_context(ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
-        stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted evaluation does not wait for what is in the queue
-        for step, name, state in states:
-            coming.append((step, name, pool.submit(losses, state)))
-            if len(coming) > jobs:
-                step, name, found = coming.popleft()
-                yield step, name, found.result()
-        for step, name, found in coming:
-            yield step, name, found.result()
+        pool = stack.enter_context(ThreadPoolExecutor(
+            jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
+        shown = stack.enter_context(lawa_core.progress(
+            len(missing) * len(wanted), f"evaluating {trajectory.name}", "model"))
+        for step, label, state in states() if missing else ():
+            if each:
+                each(step, label, state)
+            if not free:
+                finish()
+            net = free.pop()
+            load(net, state) if load else net.load_state_dict(state)
+            del state  # before the next one is made
+            busy.append((step, label, net, pool.submit(evaluate, net, corpus, n_blocks)))
+        while busy:
+            finish()
 
+    scale = 1 / math.log(2) / corpus.val_bytes_per_token  # bits per byte of a nat per token
+    table = []
+    for step in at:
+        for label, scheme in schemes.items():
+            values = rows[step, str(scheme), n_blocks]
+            table.append({"run": trajectory.name, "step": step, "scheme": label, **values,
+                          "bpb": values["loss"] * scale, "n_blocks": n_blocks})
+    return table
 
-def _of_run(run) -> tuple[GPTConfig, Corpus]:
-    """(the shape of a run's model, its corpus)."""
-    if not (Path(run) / "config.json").exists():
-        raise LawaError(f"{run} is no run folder: expected {Path(run) / 'config.json'}, as `model.py train` writes it")
-    config = json.loads((Path(run) / "config.json").read_text())
-    corpus = open_corpus(config["corpus"])
-    return preset(config["preset"], corpus.vocab_size), corpus
-
-
-def _states(trajectory, folder: Path | None, schemes: dict, at: list) -> Iterator[tuple[int, str, dict]]:
-    """(step, name, weights): averages along the trajectory, each followed at its step by those kept while training."""
-    kept = {name: folder / scheme_dir(text) for name, text in schemes.items() if isinstance(text, str)}
-    rows = {name: scheme for name, scheme in schemes.items() if name not in kept}
-    for step, name, state in lawa_core.sweep(trajectory, rows, at):
-        yield step, name, state
-        if name == list(rows)[-1]:
-            for own, path in kept.items():
-                yield step, own, dict(lawa_core.open_checkpoint(path / checkpoint_name(step)))
-
-
-class _Cache:
-    """eval.csv: what was evaluated before. Several notebooks may add to one file at a time; with no path, nothing is kept."""
-
-    def __init__(self, path: Path | None, n_blocks: int):
-        self.path, self.n_blocks, self.rows = path, n_blocks, {}
-        if path and path.exists():
-            with open(path, newline="") as file:
-                self.rows = {(int(row["step"]), row["scheme"], int(row["n_blocks"])): {name: float(row[name]) for name in VALUES}
-                             for row in csv.DictReader(file)}
-
-    def get(self, step: int, scheme) -> dict | None:
-        return self.rows.get((step, str(scheme), self.n_blocks))
-
-    def missing(self, at, schemes: dict) -> list[int]:
-        """The steps at which a scheme was not evaluated yet."""
-        return [step for step in at if any(self.get(step, scheme) is None for scheme in schemes.values())]
-
-    def table(self, run: str, at, schemes: dict, corpus: Corpus) -> list[dict]:
-        """The rows of `evaluate_trajectory`, once nothing is missing."""
-        scale = 1 / math.log(2) / corpus.val_bytes_per_token
-        found = [(step, name, self.get(step, scheme)) for step in at for name, scheme in schemes.items()]
-        return [{"run": run, "step": step, "scheme": name, **values, "bpb": values["loss"] * scale, "n_blocks": self.n_blocks}
-                for step, name, values in found]
-
-    def add(self, step: int, scheme, losses: np.ndarray, own: np.ndarray) -> None:
-        def mean_se(x):
-            return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
-        self.rows[step, str(scheme), self.n_blocks] = dict(zip(VALUES, (*mean_se(losses), *mean_se(own - losses)), strict=True))
-
-    def write(self) -> None:
-        if not self.path:
-            return
-        with locked(self.path.parent):
-            rows = _Cache(self.path, self.n_blocks).rows | self.rows
-            with lawa_core.replacing(self.path) as part, open(part, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(("step", "scheme", "n_blocks", *VALUES))
-                writer.writerows([*key, *(repr(values[name]) for name in VALUES)] for key, values in sorted(rows.items()))
-
-
-# ---- 3. Text ------------------------------------------------------------------------------------------------------------------------
+# ---- 8. Text -------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
-    """`tokens` tokens of text after `prompt`, from a run's checkpoint at `at` (default the newest) or from an average there."""
-    shape, corpus = _of_run(run)
-    tokenizer, generator = corpus.tokenizer(), torch.Generator().manual_seed(seed)
-    if tokens < 0 or not tokenizer.encode_ordinary(prompt):
-        raise LawaError(f"expected tokens of at least 0 and a prompt that is not empty, got {tokens} and {prompt!r}")
-    model = blank(shape)
-    model.load_state_dict(lawa_core.average(run, scheme or lawa_core.newest(), at))
-    idx = torch.tensor([tokenizer.encode_ordinary(prompt)])
+def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200,
+           temperature: float = 0.8, seed: int = 0) -> str:
+    """Text after `prompt` from a run's checkpoint at `at` (default the newest) or an average."""
+    shape, corpus = run_model(run)
+    tokenizer = corpus.tokenizer()
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt)], dtype=torch.long)  # (1, T)
+    require(tokens >= 0 and idx.numel(), "expected tokens of at least 0 and a prompt that is not "
+            f"empty, got {tokens} and {prompt!r}")
+    net = empty_model(shape)
+    net.load_state_dict(lawa_core.average(run, scheme or lawa_core.newest(), at))
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):
-        logits = model(idx[:, -model.config.block_size:])[0][:, -1, :corpus.vocab_size] / max(temperature, 1e-6)
-        idx = torch.cat([idx, torch.multinomial(F.softmax(logits, -1), 1, generator=generator)], 1)
+        logits, _ = net(idx[:, -shape.block_size:])
+        logits = logits[:, -1, :corpus.vocab_size] / max(temperature, 1e-6)  # (1, vocab)
+        token = torch.multinomial(F.softmax(logits, -1), 1, generator=generator)
+        idx = torch.cat([idx, token], 1)
     return tokenizer.decode(idx[0].tolist())
 
+# ---- 9. Scales -----------------------------------------------------------------------------------
 
-# ---- 4. Command line ----------------------------------------------------------------------------------------------------------------
+# One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The
+# gpt2 scales are the paper's settings with the batch re-cut for one GPU (same tokens per step); the
+# paper does not give its spacing, so those three are ours.
+OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512,
+               "averages": "ema(0.9); ema(0.999)"}
+PAPER = {**OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
+SCALES = {
+    "smoke": {
+        "preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8,
+        "warmup_iters": 40, "ckpt_interval": 10, "seeds": "0,1", "k": 3, "spacing": 10,
+        "n_blocks": 64, "averages": "ema(0.9); ema(0.98); lawa(3, 1)"},
+    "laptop": {
+        "preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8,
+        "warmup_iters": 100, "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20,
+        "n_blocks": 64, "averages": "ema(0.9); ema(0.98); ema(0.99); lawa(5, 1); lawa(5, 5)"},
+    "gpu-hour": {
+        **OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "warmup_iters": 300,
+        "batch_size": 32, "gradient_accumulation_steps": 4, "ckpt_interval": 100, "spacing": 100},
+    "gpt2-small": {
+        **PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16,
+        "gradient_accumulation_steps": 24, "ckpt_interval": 200, "spacing": 1000},
+    "gpt2-medium": {
+        **PAPER, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12,
+        "gradient_accumulation_steps": 12, "ckpt_interval": 2000, "spacing": 2000},
+    "gpt2-large": {
+        **PAPER, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "min_lr_frac": 0.005,
+        "gradient_accumulation_steps": 6, "ckpt_interval": 1000, "spacing": 1000},
+}
+
+def scale_values(name: str) -> dict:
+    require(name in SCALES, f"scale must be one of {', '.join(SCALES)}, got {name!r}")
+    return SCALES[name]
+
+def scale_config(values, **given) -> Config:
+    """The Config of a scale's (or a notebook's) values, with some of them given."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in {**values, **given}.items() if name in names})
+
+# ---- 10. Command line ----------------------------------------------------------------------------
 
 EXAMPLES = """examples
   python model.py train --preset micro --corpus stdlib --lr 1e-3 --max_iters 200 --seed 0
   python model.py train --scale gpt2-small --lr 6e-3        the paper's high rate
   torchrun --nproc_per_node=4 model.py train --scale gpt2-small
-  python model.py plan --scale gpt2-small
+  python -m lab.plan --scale gpt2-small                     what it takes
   python model.py sample RUN --scheme "lawa(k=5, spacing=20)" --prompt "def main("
-exit status: 0 done, 1 the run failed, 2 bad usage or input, 130/143 interrupted with its state saved (the same command goes on)"""
-TRAIN = (  # options of `train` that do not change the numbers: name, type, default, help
-    ("out_dir", str, None, "the run folder (default: runs/<corpus>-<preset>-<hash of the configuration>)"),
+exit status: 0 done, 1 the run failed, 2 bad usage or input, 130/143 interrupted with its state
+saved (the same command goes on)"""
+TRAIN = (  # options that do not change the numbers: name, type, default, help
+    ("out_dir", str, None, "the run folder (default: runs/<corpus>-<preset>-<hash>)"),
     ("device", str, "auto", "cpu, cuda, mps (default: the best there is)"),
     ("threads", int, None, "CPU threads (default: torch's choice)"),
     ("eval_interval", int, 0, "steps between validation losses, in val.csv (default: none)"),
-    ("state_seconds", float, 30.0, "seconds between resume states, which are written at checkpoints (default 30)"),
-    ("leave", str, "", 'steps whose state stays as state_<step>.pt, e.g. "500,750"'))
-SAMPLE = (("scheme", str, None, 'average first, for example "lawa(k=5, spacing=20)"'), ("at", int, None, "step (default: the newest)"),
-          ("prompt", str, "\n", "text to go on from"), ("tokens", int, 200, "tokens of text (default 200)"),
-          ("temperature", float, 0.8, "0: the likeliest token (default 0.8)"), ("seed", int, 0, "of the draws"))
+    ("state_seconds", float, 30.0, "seconds between states, written at checkpoints (default 30)"),
+    ("state_at", str, "", 'steps whose state stays as state_<step>.pt, e.g. "500,750"'),
+    ("resume_from", str, None, "such a state of a run that trains alike until then"))
+SAMPLE = (
+    ("scheme", str, None, 'average first, for example "lawa(k=5, spacing=20)"'),
+    ("at", int, None, "step (default: the newest)"),
+    ("prompt", str, "\n", "text to go on from"),
+    ("tokens", int, 200, "tokens of text (default 200)"),
+    ("temperature", float, 0.8, "0: the likeliest token (default 0.8)"),
+    ("seed", int, 0, "of the draws"))
 
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """--scale, a flag per field of Config, --keep, --disk_budget; for `take_config`."""
+    parser.add_argument("--scale", help=f"start from the values of {', '.join(SCALES)}")
+    for f in dataclasses.fields(Config):
+        help = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=type(f.default), help=help)
+    parser.add_argument("--keep", help="write only checkpoints that this scheme needs, e.g. "
+                        '"lawa(k=5, spacing=200)", for as many targets as fit --disk_budget')
+    parser.add_argument("--disk_budget", type=float, default=math.inf,
+                        help="GB that this run's checkpoints may take (default: no limit)")
 
-def _parser() -> argparse.ArgumentParser:
-    style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("model.py", description="Train and sample small and large GPTs.", **style)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train a run, or go on with it"), ("plan", "print what a run would take, and whether it fits here")):
-        sub = commands.add_parser(name, help=text, description=text, **style)
-        sub.add_argument("--scale", help=f"start from the values of {', '.join(SCALES)}")
-        for f in dataclasses.fields(Config):
-            sub.add_argument(f"--{f.name}", type=type(f.default), help=f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%"))
-        sub.add_argument("--keep", help='write only checkpoints that this scheme needs, e.g. "lawa(k=5, spacing=200)", for as many targets '
-                         "as fit --disk_budget")
-        sub.add_argument("--disk_budget", type=float, help="GB that this run's checkpoints may take (default: no limit)")
-        if name == "train":
-            for flag, kind, default, help in TRAIN:
-                sub.add_argument(f"--{flag}", type=kind, default=default, help=help)
-            sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    commands.add_parser("work", help="train the runs that come on stdin, each a line with a JSON list of `train`'s options", **style)
-    sub = commands.add_parser("sample", help="print text from a run or its average", **style)
-    sub.add_argument("run", help="run folder")
-    for flag, kind, default, help in SAMPLE:
-        sub.add_argument(f"--{flag}", type=kind, default=default, help=help)
-    return parser
-
-
-def flags(config: Config) -> list[str]:
-    """The command line of a configuration."""
-    return [word for f in dataclasses.fields(config) for word in (f"--{f.name}", str(getattr(config, f.name)))]
-
-
-class _Bar(lawa_core.Progress):
-    def __call__(self, step, max_iters, loss):
-        super().__call__(step, max_iters, f"loss {loss:.3f}")
-
-
-def _configured(args: dict) -> Config:
-    """Take the configuration out of the values of `train` or `plan`, and turn what is left into their arguments."""
-    given = {f.name: args.pop(f.name) for f in dataclasses.fields(Config)}
+def take_config(args: dict) -> Config:
+    """Take these flags' Config out of the parsed arguments; keep and disk_budget (bytes) stay."""
+    values = {f.name: args.pop(f.name) for f in dataclasses.fields(Config)}
+    given = {name: value for name, value in values.items() if value is not None}
     scale = args.pop("scale")
     args["keep"] = args["keep"] and lawa_core.parse_scheme(args["keep"])
-    args["disk_budget"] = math.inf if args["disk_budget"] is None else args["disk_budget"] * 1e9
-    return scale_config(scale_values(scale) if scale else {}, **{name: value for name, value in given.items() if value is not None})
-
-
-def _train(args: dict) -> Path:
-    config = _configured(args)
-    args["leave"] = [int(step) for step in args["leave"].split(",") if step]
-    return train(config, **args, progress=_Bar("steps", 1))
-
-
-def _plan(args: dict) -> str:
-    config = _configured(args)
-    return plan([config], **args)
-
-
-def _sample(args: dict) -> str:
-    return sample(**args | {"scheme": args["scheme"] and lawa_core.parse_scheme(args["scheme"])})
-
-
-def work() -> int:
-    """Train the runs that come on stdin, each a line with a JSON list of `train`'s options; answer each with a JSON text, empty or what
-    went wrong. For `many_runs.train_all`: starting Python and torch takes three seconds, which a short run should not pay again.
-    """
-    for line in sys.stdin:
-        wrong = ""
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                args = vars(_parser().parse_args(["train", *json.loads(line)]))
-                del args["command"]
-                _train(args)
-            torch.compiler.reset()  # the next run's model is another
-        except Exception as error:
-            said = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else ""
-            wrong = " ".join((said or repr(error)).split())
-        print(json.dumps(wrong), flush=True)
-    return 0
-
+    args["disk_budget"] *= 1e9
+    return scale_config(scale_values(scale) if scale else {}, **given)
 
 def main(argv=None) -> int:
-    args = vars(_parser().parse_args(argv))
-    command = args.pop("command")
+    style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        "model.py", description="Train and sample small and large GPTs.", **style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train a run, or go on with it", **style)
+    add_config_flags(training)
+    training.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                          help="torch.compile (default: on CUDA)")
+    sampling = commands.add_parser("sample", help="print text from a run or its average", **style)
+    sampling.add_argument("run", help="run folder")
+    for command, options in ((training, TRAIN), (sampling, SAMPLE)):
+        for name, kind, default, help in options:
+            command.add_argument(f"--{name}", type=kind, default=default, help=help)
+    args = vars(parser.parse_args(argv))
     try:
-        if command == "work":
-            return work()
-        print({"train": _train, "plan": _plan, "sample": _sample}[command](args))
+        if args.pop("command") == "train":
+            config = take_config(args)
+            args["state_at"] = [int(step) for step in args["state_at"].split(",") if step]
+            print(train(config, **args, bar=True))
+        else:
+            args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
+            print(sample(**args))
     except KeyboardInterrupt:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
         return 130
@@ -659,7 +1213,6 @@ def main(argv=None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Sets up, runs every notebook at one scale, builds results/index.html. `./run_all.sh test` runs the checks. See --help.
+# Sets up, runs every notebook at one scale, builds results/index.html. `./run_all.sh test` runs the
+# checks. See --help.
 # Keeps to bash 3.2, which is what macOS has.
 set -euo pipefail
 
 caller=$PWD
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # `import model` finds this copy, whatever else is installed
+# `import model` finds this copy, whatever else is installed
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 usage() {
   cat <<'HELP'
@@ -23,8 +25,9 @@ usage() {
                       bash -c "$(./run_all.sh --list | sed -n "${SLURM_ARRAY_TASK_ID}p")"
   --help            this text
 
-Works in the active virtual or conda environment, else in .venv, which it makes. A notebook is redone only when it, the
-code, the corpus or the scale changed. Ctrl-C loses at most the notebook in flight, and its training resumes next time.
+Works in the active virtual or conda environment, else in .venv, which it makes. A notebook is
+redone only when it, the code, the corpus or the scale changed. Ctrl-C loses at most the notebook in
+flight, and its training resumes next time.
 Exit status: 0 all well, 1 something failed, 2 bad usage, 130 interrupted.
 HELP
 }
@@ -34,7 +37,9 @@ fail() { # fail STATUS MESSAGE
   exit "$1"
 }
 
-hash256() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -d ' ' -f 1; }
+hash256() {
+  if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -d ' ' -f 1
+}
 
 # --- environment and corpus ---
 
@@ -42,14 +47,16 @@ make_venv() {
   local python
   for python in python3 python3.13 python3.12 python3.11; do
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
-    "$python" -m venv .venv || fail 1 "$python -m venv failed (Debian and Ubuntu: apt install python3-venv)"
+    "$python" -m venv .venv ||
+      fail 1 "$python -m venv failed (Debian and Ubuntu: apt install python3-venv)"
     return
   done
-  fail 1 "Python 3.11 or newer is needed, found $(python3 --version 2>&1 || true); activate an environment with it"
+  python=$(python3 --version 2>&1 || true)
+  fail 1 "Python 3.11 or newer is needed, found $python; activate an environment with it"
 }
 
-# Does the environment hold what pyproject.toml asks for? One that somebody activated is then left as it is: its torch
-# may have been built for their machine.
+# Does the environment hold what pyproject.toml asks for? One that somebody activated is then left
+# as it is: its torch may have been built for their machine.
 satisfied() {
   python3 - "$1" 2>/dev/null <<'PY'
 import sys, tomllib
@@ -57,7 +64,8 @@ from importlib.metadata import version
 from packaging.requirements import Requirement
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-wanted = project["dependencies"] + (sum(extras.values(), []) if sys.argv[1] == "test" else extras["notebooks"])
+more = sum(extras.values(), []) if sys.argv[1] == "test" else extras["notebooks"]
+wanted = project["dependencies"] + more
 wanted = [r for r in map(Requirement, wanted) if r.name != project["name"]]
 sys.exit(not all(r.specifier.contains(version(r.name), prereleases=True) for r in wanted))
 PY
@@ -70,16 +78,23 @@ setup() {
   [[ -n $active || -x $env/bin/pip ]] || make_venv
   export PATH="$env/bin:$PATH"
   key=$(cat pyproject.toml constraints.txt | hash256)
-  if ! grep -qsx "$extra $key" "$env/.lawa-lab" && ! { [[ -n $active ]] && satisfied "$extra"; }; then
+  if ! grep -qsx "$extra $key" "$env/.lawa-lab" &&
+    ! { [[ -n $active ]] && satisfied "$extra"; }; then
     echo "installing into $env (minutes, once)"
-    python3 -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extra]" </dev/null ||
+    python3 -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extra]" \
+      </dev/null ||
       fail 1 "pip could not install .[$extra] into $env; its message is above"
-    { [[ $extra == test ]] && echo "notebooks $key"; echo "$extra $key"; } >"$env/.lawa-lab" # test includes notebooks
+    { # test includes notebooks
+      [[ $extra == test ]] && echo "notebooks $key"
+      echo "$extra $key"
+    } >"$env/.lawa-lab"
   fi
-  python3 data/stdlib/prepare.py </dev/null || fail 1 "data/stdlib/prepare.py failed; its message is above"
+  python3 data/stdlib/prepare.py </dev/null ||
+    fail 1 "data/stdlib/prepare.py failed; its message is above"
 }
 
-# The jobs of a Slurm array start together: one sets up while the others wait (where there is no flock, they do not).
+# The jobs of a Slurm array start together: one sets up while the others wait (where there is no
+# flock, they do not).
 locked_setup() {
   if command -v flock >/dev/null; then flock 9 || true; fi
   setup "$1" 9>&-
@@ -87,31 +102,35 @@ locked_setup() {
 
 # --- test ---
 
-run_tests() { # tests on two workers, a file each at a time, since they share fixtures; notebooks use all cores by themselves
+# Tests run on two workers, a file each at a time, since they share fixtures; notebooks use all
+# cores by themselves.
+run_tests() {
   local status=0
   python3 -m ruff check . </dev/null || status=1
   python3 -m pytest -n 2 --dist loadfile tests/ </dev/null || status=1
-  python3 -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/ </dev/null || status=1
+  python3 -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/ \
+    </dev/null || status=1
   return $status
 }
 
 # --- notebooks ---
 
-stamp_of() { # what a notebook's result depends on
-  cat "notebooks/$1.ipynb" lawa_{core,files,mix,schemes,hub}.py {gpt,corpora,recipes,model,many_runs,pythia,lab}.py data/stdlib/meta.json - <<<"$scale" | hash256
+stamp_of() { # what a notebook's result depends on: itself, the code, the corpus, the scale
+  cat "notebooks/$1.ipynb" ./*.py lab/*.py data/stdlib/meta.json - <<<"$scale" | hash256
 }
 
 last_error() { # the last line of a log that names an error, else its last line
   local lines
   lines=$(sed $'s/\x1b\\[[0-9;]*m//g' "$1" | grep -v '^[[:space:]]*$') || true
-  grep -E '^([A-Za-z_.]+(Error|Exception|Interrupt|Exit): .|Passed unknown)' <<<"$lines" | tail -n 1 | grep . ||
-    tail -n 1 <<<"$lines"
+  grep -E '^([A-Za-z_.]+(Error|Exception|Interrupt|Exit): .|Passed unknown)' <<<"$lines" |
+    tail -n 1 | grep . || tail -n 1 <<<"$lines"
 }
 
 row() { table+=$(printf '%-28s %-7s %7s%s' "$1" "$2" "$3" "${4:+  $4}")$'\n'; }
 
-# run_notebook NAME: adds a row to the table. papermill writes to a temporary name, so that no finished notebook is ever
-# half written; it runs as a job of its own, so that Ctrl-C reaches it through on_signal only.
+# run_notebook NAME: adds a row to the table. papermill writes to a temporary name, so that no
+# finished notebook is ever half written; it runs as a job of its own, so that Ctrl-C reaches it
+# through on_signal only.
 run_notebook() {
   local name=$1 dir=$results/$1 began=$SECONDS status=0 stamp
   local log=$dir/$name.log
@@ -124,30 +143,35 @@ run_notebook() {
   rm -f "$dir/.stamp"
   partial=$dir/$name.partial.ipynb
   set -m
-  python3 -m papermill "notebooks/$name.ipynb" "$partial" -p scale "$scale" -p out "$results" -k python3 \
-    --no-progress-bar --log-level WARNING --stdout-file - --stderr-file - </dev/null 2>"$log" &
+  python3 -m papermill "notebooks/$name.ipynb" "$partial" -p scale "$scale" -p out "$results" \
+    -k python3 --no-progress-bar --log-level WARNING --stdout-file - --stderr-file - \
+    </dev/null 2>"$log" &
   child=$!
   set +m
   wait $child || status=$?
   child=''
-  # of a parameter that the notebook does not have papermill only warns: it would have run at another scale
+  # of a parameter that the notebook does not have papermill only warns: it would have run at
+  # another scale
   if ((status == 0)) && ! grep -q 'Passed unknown parameter: scale' "$log"; then
     mv "$partial" "$dir/$name.ipynb"
     rm -f "$dir/$name.failed.ipynb" "$log"
-    python3 -m nbconvert --to html --log-level ERROR "$dir/$name.ipynb" </dev/null || true # only for reading
+    # only for reading
+    python3 -m nbconvert --to html --log-level ERROR "$dir/$name.ipynb" </dev/null || true
     echo "$stamp" >"$dir/.stamp"
     row "$name" "done" $((SECONDS - began))
     return
   fi
   failed=1
   row "$name" FAILED $((SECONDS - began)) "$(last_error "$log")"
-  if [[ -f $partial ]]; then mv "$partial" "$dir/$name.failed.ipynb" && log=$dir/$name.failed.ipynb; fi
+  if [[ -f $partial ]]; then
+    mv "$partial" "$dir/$name.failed.ipynb" && log=$dir/$name.failed.ipynb
+  fi
   table+="  see $log"$'\n'
 }
 
 finish() { # the table and the page, also after Ctrl-C
   printf '\n%-28s %-7s %7s\n%s\n' notebook status seconds "$table"
-  python3 pages.py "$results" >/dev/null && echo "open $results/index.html"
+  python3 -m lab.report "$results" >/dev/null && echo "open $results/index.html"
 }
 
 # shellcheck disable=SC2317 # reached by trap
@@ -166,7 +190,8 @@ on_signal() { # on_signal EXIT_STATUS
 
 # --- command line ---
 
-scale=laptop results=$root/results force='' list='' only=() names=() table='' failed=0 child='' partial=''
+scale=laptop results=$root/results force='' list='' only=()
+names=() table='' failed=0 child='' partial=''
 trap 'exit 130' INT
 
 if [[ ${1:-} == test ]]; then
@@ -178,13 +203,16 @@ fi
 
 while (($#)); do
   case $1 in
-    --scale | --only | --results | --jobs) [[ -n ${2:-} && $2 != -* ]] || fail 2 "$1 needs a value; see ./run_all.sh --help" ;;
+    --scale | --only | --results | --jobs)
+      [[ -n ${2:-} && $2 != -* ]] || fail 2 "$1 needs a value; see ./run_all.sh --help"
+      ;;
   esac
   case $1 in
     --scale) scale=$2 && shift ;;
     --only) only+=("$(basename "$2" .ipynb)") && shift ;;
     --results) if [[ $2 == /* ]]; then results=$2; else results=$caller/$2; fi && shift ;;
-    --jobs) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail 2 "--jobs must be a whole number of at least 1, got '$2'"
+    --jobs)
+      [[ $2 =~ ^[1-9][0-9]*$ ]] || fail 2 "--jobs must be a whole number of at least 1, got '$2'"
       export LAWA_JOBS=$2 && shift ;;
     --force) force=' --force' ;;
     --list) list=1 ;;
@@ -205,7 +233,8 @@ done
 
 if [[ -n $list ]]; then
   for name in "${names[@]}"; do
-    printf '%q --scale %q --results %q --only %q%s%s\n' "$root/run_all.sh" "$scale" "$results" "$name" "$force" "${LAWA_JOBS:+ --jobs $LAWA_JOBS}"
+    printf '%q --scale %q --results %q --only %q%s%s\n' "$root/run_all.sh" "$scale" "$results" \
+      "$name" "$force" "${LAWA_JOBS:+ --jobs $LAWA_JOBS}"
   done
   exit
 fi

@@ -1,6 +1,6 @@
-"""How fast, how lean and how exact the averager is, against the tools people use and against the floor.
+"""How fast, lean and exact the averager is, against the tools people use and against the floor.
 
-    python benchmarks/averaging.py                     everything at GPT-2-124M's size, about 20 minutes
+    python benchmarks/averaging.py           everything at GPT-2-124M's size, about 20 minutes
     python benchmarks/averaging.py --only A --size small
 
 A  one mean of k = 5 checkpoints: fp32, bf16, and a 1.4B-parameter model in bf16 for its memory
@@ -8,12 +8,15 @@ B  a sliding window over N = 20 checkpoints, k = 3, 5, 10, every full window wri
 C  three k and three beta in one pass over N = 20, against one scheme and against six jobs
 D  online averages in a training loop, per update
 
-A contender is a whole process (in D a call inside one). Contenders take turns, so a slow spell of the machine hits them all, and a ratio is
-the median over repetitions of the ratio within one. The floor is what every averager must do: read each input once (`cat`), write each
-output once (`cp`). The peers get an environment of their own. Linux only: memory and bytes read come from /proc.
-The table is printed and kept in averaging.json beside this script, {"workloads": {name: {"n", "rows", "reach", "notes", "machine"}}}, in
-seconds and bytes; a workload that is run again replaces its own entry only.
-Exit status: 0 measured, whatever was reached; 1 nothing could be measured; 2 bad usage; 130 interrupted, with the finished workloads kept.
+A contender is a whole process (in D a call inside one). Contenders take turns, so a slow spell of
+the machine hits them all, and a ratio is the median over repetitions of the ratio within one. The
+floor is what every averager must do: read each input once (`cat`), write each output once (`cp`).
+The peers get an environment of their own. Linux only: memory and bytes read come from /proc.
+The table is printed and kept in averaging.json beside this script, {"workloads": {name: {"n",
+"rows", "reach", "notes", "machine"}}}, in seconds and bytes; a workload that is run again replaces
+its own entry only. From there docs/benchmarks.md is renewed, between its marks.
+Exit status: 0 measured, whatever was reached; 1 nothing could be measured; 2 bad usage;
+130 interrupted, with the finished workloads kept.
 """
 
 from __future__ import annotations
@@ -45,52 +48,47 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = {
     "mergekit": ["mergekit==0.1.5", "torch==2.13.0"],
     "ema-pytorch": ["ema-pytorch==0.8.3", "torch==2.13.0"],
+    # without torchvision, whose builds fit one build of torch each
     "timm": ["--no-deps", "timm==1.0.31"],
-}  # without torchvision, whose builds fit one build of torch each
+}
 
 
-# ---- 1. Checkpoints -----------------------------------------------------------------------------------------------------------------
+# ---- 1. Checkpoints ------------------------------------------------------------------------------
 
-GPT2 = {
-    "full": (12, 768, 50257, 1024),
-    "small": (6, 384, 4096, 256),
-}  # layers, width, vocabulary, block size: 124,439,808 values
-PYTHIA = {
+# layers, width, vocabulary, block size
+GPT2 = {"full": (12, 768, 50257, 1024), "small": (6, 384, 4096, 256)}  # full: 124,439,808 values
+PYTHIA = {  # Pythia-1.4B's; both its embeddings as one tensor
     "full": (24, 2048, 100608, 2048),
     "small": (8, 768, 16384, 256),
-}  # Pythia-1.4B's; both its embeddings as one tensor
-FIXTURES = {
+}
+FIXTURES = {  # dtype, checkpoints, sizes
     "fp32": ("F32", 20, GPT2),
     "bf16": ("BF16", 5, GPT2),
     "1.4B": ("BF16", 5, PYTHIA),
-}  # dtype, checkpoints, sizes
-BYTES, DIGITS = (
-    {"F32": 4, "BF16": 2},
-    {"F32": 24, "BF16": 8},
-)  # per value; binary digits of the significand
+}
+BYTES = {"F32": 4, "BF16": 2}  # per value
+DIGITS = {"F32": 24, "BF16": 8}  # binary digits of the significand
 SPACING = 100  # steps between checkpoints
 
 
 def shapes(layers: int, width: int, vocab: int, block: int) -> dict[str, tuple[int, ...]]:
     """GPT-2's tensors: {name: shape}."""
+    linear = {  # (rows, columns) in widths
+        "attn.c_attn": (1, 3),
+        "attn.c_proj": (1, 1),
+        "mlp.c_fc": (1, 4),
+        "mlp.c_proj": (4, 1),
+    }
     weights = {"wte": (vocab, width), "wpe": (block, width)}
     for layer in range(layers):
-        linear = {
-            "attn.c_attn": (1, 3),
-            "attn.c_proj": (1, 1),
-            "mlp.c_fc": (1, 4),
-            "mlp.c_proj": (4, 1),
-        }  # in widths
-        weights |= {
-            f"h.{layer}.{name}": (rows * width, columns * width)
-            for name, (rows, columns) in linear.items()
-        }
-        weights |= {f"h.{layer}.ln_1": (width,), f"h.{layer}.ln_2": (width,)}
+        for name, (rows, columns) in linear.items():
+            weights[f"h.{layer}.{name}"] = (rows * width, columns * width)
+        weights[f"h.{layer}.ln_1"] = (width,)
+        weights[f"h.{layer}.ln_2"] = (width,)
     weights["ln_f"] = (width,)
-    biases = {
-        f"{name}.bias": shape[-1:] for name, shape in weights.items() if name not in ("wte", "wpe")
-    }
-    return {f"{name}.weight": shape for name, shape in weights.items()} | biases
+    biased = [name for name in weights if name not in ("wte", "wpe")]
+    found = {f"{name}.weight": shape for name, shape in weights.items()}
+    return found | {f"{name}.bias": weights[name][-1:] for name in biased}
 
 
 def values_in(fixture: str, size: str) -> int:
@@ -99,38 +97,42 @@ def values_in(fixture: str, size: str) -> int:
 
 
 def make_checkpoints(folder: Path, fixture: str, size: str) -> list[Path]:
-    """A trajectory's files, oldest first; made unless `folder` is there. A common base, and in each file a little noise of its own."""
+    """A trajectory's files, oldest first; made unless `folder` is there.
+
+    A common base, and in each file a little noise of its own.
+    """
     dtype, count, sizes = FIXTURES[fixture]
     paths = [folder / f"ckpt_{SPACING * (i + 1)}.safetensors" for i in range(count)]
     if folder.exists():
         return paths
-    table, offset, tile, total = {}, 0, 1 << 20, values_in(fixture, size)
+    table = {}
+    offset = 0
     for name, shape in shapes(*sizes[size]).items():
-        table[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": (offset, offset := offset + BYTES[dtype] * math.prod(shape)),
-        }
+        end = offset + BYTES[dtype] * math.prod(shape)
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
+        offset = end
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    normal = np.random.default_rng(0).standard_normal(
-        4 * tile, np.float32
-    )  # values are slices of it: drawing 1e10 takes minutes
+    total = values_in(fixture, size)
+    tile = 1 << 20
+    # values are slices of these: drawing 1e10 takes minutes
+    normal = np.random.default_rng(0).standard_normal(4 * tile, np.float32)
     for number, path in enumerate(paths):
-        base, noise = np.random.default_rng(1), np.random.default_rng(2 + number)
+        base = np.random.default_rng(1)
+        noise = np.random.default_rng(2 + number)
         with open(part / path.name, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for start in range(0, total, tile):
-                at, own = base.integers(3 * tile), noise.integers(3 * tile)
-                values = (0.02 * normal[at : at + tile] + 1e-3 * normal[own : own + tile])[
-                    : total - start
-                ]
-                file.write(
-                    values if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)
-                )
+                at = base.integers(3 * tile)
+                own = noise.integers(3 * tile)
+                values = 0.02 * normal[at : at + tile] + 1e-3 * normal[own : own + tile]
+                values = values[: total - start]
+                if dtype == "BF16":
+                    values = (values.view(np.uint32) >> 16).astype(np.uint16)
+                file.write(values)
     os.sync()  # or the disk would still be writing when the first contender runs
     part.rename(folder)
     return paths
@@ -141,64 +143,63 @@ def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         table = json.loads(file.read(length))
+    table.pop("__metadata__", None)
     data = np.memmap(path, np.uint8, "r", offset=8 + length)
     return {
-        name: (info["dtype"], data[slice(*info["data_offsets"])])
-        for name, info in table.items()
-        if name != "__metadata__"
+        name: (info["dtype"], data[slice(*info["data_offsets"])]) for name, info in table.items()
     }
 
 
 def doubles(tensor: tuple[str, np.ndarray], start: int, stop: int) -> np.ndarray:
+    """Values [start, stop) of one of `read_tensors`."""
     dtype, raw = tensor
     raw = raw[start * BYTES[dtype] : stop * BYTES[dtype]]
-    return (
-        raw.view("<f4")
-        if dtype == "F32"
-        else (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    ).astype(np.float64)
+    if dtype == "F32":
+        return raw.view("<f4").astype(np.float64)
+    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 def compare(
     output: Path, weights: dict[Path, float], most: int = 1 << 26, tile: int = 1 << 18
 ) -> tuple[float, float]:
-    """How far the output is from sum(weight * input) / sum(weight) in float64: (most ulp of its type, share of values more than 1 ulp off).
+    """How far the output is from sum(weight * input) / sum(weight) in float64:
+    (most ulp of its type, share of values more than 1 ulp off).
 
-    Where the inputs cancel, a sum that was rounded on its way is off by any number of ulp, so the share says more about such a contender.
-    Tiles spread over all tensors are compared, `most` values or so: every second tile of GPT-2, every 22nd of the 1.4B model.
+    Where the inputs cancel, a sum that was rounded on its way is off by any number of ulp, so the
+    share says more about such a contender. Tiles spread over all tensors are compared, `most`
+    values or so: every second tile of GPT-2, every 22nd of the 1.4B model.
     """
-    got, inputs = read_tensors(output), [read_tensors(path) for path in weights]
+    got = read_tensors(output)
+    inputs = [read_tensors(path) for path in weights]
     if any(got.keys() != tensors.keys() for tensors in inputs):
         return math.inf, 1.0
 
     def errors(place) -> tuple[float, int, int]:
         name, start = place
-        exact = sum(
-            w * doubles(tensors[name], start, start + tile)
-            for tensors, w in zip(inputs, weights.values(), strict=True)
-        )
+        exact = 0.0
+        for tensors, weight in zip(inputs, weights.values(), strict=True):
+            exact = exact + weight * doubles(tensors[name], start, start + tile)
         exact /= sum(weights.values())
-        exponent = np.maximum(
-            np.where(exact == 0, -125, np.frexp(exact)[1]), -125
-        )  # 2^(e-1) <= |exact| < 2^e, or subnormal
-        off = np.abs(doubles(got[name], start, start + tile) - exact) / np.ldexp(
-            1.0, exponent - DIGITS[got[name][0]]
-        )
+        # 2^(e-1) <= |exact| < 2^e, or subnormal
+        exponent = np.maximum(np.where(exact == 0, -125, np.frexp(exact)[1]), -125)
+        ulp = np.ldexp(1.0, exponent - DIGITS[got[name][0]])
+        off = np.abs(doubles(got[name], start, start + tile) - exact) / ulp
         off = np.nan_to_num(off, nan=math.inf)
         return float(off.max(initial=0)), int((off > 1).sum()), len(off)
 
-    places = [
-        (name, start)
-        for name, (dtype, raw) in got.items()
-        for start in range(0, len(raw) // BYTES[dtype], tile)
-    ]
-    stride = -(-sum(len(raw) // BYTES[dtype] for dtype, raw in got.values()) // most)
+    places = []
+    values = 0
+    for name, (dtype, raw) in got.items():
+        count = len(raw) // BYTES[dtype]
+        places += [(name, start) for start in range(0, count, tile)]
+        values += count
+    stride = math.ceil(values / most)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         worst, bad, count = zip(*pool.map(errors, places[::stride]), strict=True)
     return max(worst), sum(bad) / sum(count)
 
 
-# ---- 2. What runs in a process of its own -------------------------------------------------------------------------------------------
+# ---- 2. What runs in a process of its own --------------------------------------------------------
 
 
 def load_and_sum(out, *inputs):
@@ -213,21 +214,19 @@ def load_and_sum(out, *inputs):
 
 
 def timm_method(out, *inputs):
-    """The steps of timm's avg_checkpoints.py, which its wheel lacks: sums in float64, written as float32 whatever came in."""
+    """The steps of timm's avg_checkpoints.py, which its wheel lacks: sums in float64, written as
+    float32 whatever came in."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    total, most = {}, torch.finfo(torch.float32).max
+    total = {}
     for path in inputs:
         for name, tensor in load_file(path).items():
             total[name] = total[name].add_(tensor.double()) if name in total else tensor.double()
-    save_file(
-        {
-            name: tensor.div_(len(inputs)).clamp_(-most, most).float()
-            for name, tensor in total.items()
-        },
-        out,
-    )
+    most = torch.finfo(torch.float32).max
+    for name, tensor in total.items():
+        total[name] = tensor.div_(len(inputs)).clamp_(-most, most).float()
+    save_file(total, out)
 
 
 def one_pass(k, folder, out):
@@ -245,6 +244,11 @@ def fresh_means(k, folder, out):
         average_files(folder, {Path(out) / "lawa" / checkpoint_name(at): (lawa(int(k)), at)})
 
 
+STEP = "a training step"
+TOKENS_PER_STEP = 16 * 8 * 3 * 1024  # GPT-2-small's in the paper:
+# micro-batch x accumulation x GPUs x block
+
+
 def online(size, repeats):
     """Workload D; prints {"seconds": {contender: one per call}, "notes"} as JSON."""
     import torch
@@ -252,43 +256,38 @@ def online(size, repeats):
     import model
 
     torch.set_num_threads(os.cpu_count())  # a busy machine gets fewer by default
-    gpt = model.GPT(
-        model.preset("gpt2-small", 50257) if size == "full" else model.preset("mini", 2048)
-    )
+    config = model.gpt_config("gpt2-small", 50257)
+    if size == "small":
+        config = model.gpt_config("mini", 2048)
+    gpt = model.GPT(config)
     seconds = {STEP: training_step(gpt, int(repeats))}
     calls, notes = averagers(gpt)
-    for repetition, (name, call) in itertools.product(
-        range(-2, 4 * int(repeats)), calls.items()
-    ):  # two calls to warm up
-        begun = time.perf_counter()
-        call()
-        if repetition >= 0:
-            seconds.setdefault(name, []).append(time.perf_counter() - begun)
+    for repetition in range(-2, 4 * int(repeats)):  # two calls to warm up
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            if repetition >= 0:
+                seconds.setdefault(name, []).append(time.perf_counter() - begun)
     notes.append(
-        f"{STEP}: forward and backward of {gpt.config.block_size} tokens, measured and scaled to the paper's {TOKENS_PER_STEP:,}, "
-        f"and one AdamW step; fp32 on the CPU, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"{STEP}: forward and backward of {config.block_size} tokens, measured and scaled to the "
+        f"paper's {TOKENS_PER_STEP:,}, and one AdamW step; fp32 on the CPU, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     print(json.dumps({"seconds": seconds, "notes": notes}))
 
 
-STEP, TOKENS_PER_STEP = (
-    "a training step",
-    16 * 8 * 3 * 1024,
-)  # GPT-2-small's in the paper: micro-batch x accumulation x GPUs x block
-
-
 def training_step(gpt, repeats: int) -> list[float]:
-    """Seconds of one training step at the paper's batch, once per repetition. Leaves no gradients."""
+    """Seconds of one training step at the paper's batch, once per repetition.
+
+    Leaves no gradients.
+    """
     import torch
 
-    optimizer, block, seconds = (
-        torch.optim.AdamW(gpt.parameters(), fused=True),
-        gpt.config.block_size,
-        [],
-    )
-    tokens = torch.randint(
-        gpt.config.vocab_size, (1, block + 1), generator=torch.Generator().manual_seed(0)
-    )
+    optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
+    block = gpt.config.block_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(gpt.config.vocab_size, (1, block + 1), generator=generator)
+    seconds = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
         gpt(tokens[:, :-1], tokens[:, 1:])[1].backward()
@@ -305,21 +304,24 @@ def averagers(gpt, beta: float = 0.999) -> tuple[dict[str, Callable], list[str]]
 
     import lawa_core
 
-    weights, steps, notes = [p.detach() for p in gpt.parameters()], itertools.count(), []
-    copies, window, ema = (
-        [w.clone() for w in weights],
-        lawa_core.LAWA(gpt, k=2, spacing=1),
-        lawa_core.EMA(gpt, beta),
-    )
+    weights = [p.detach() for p in gpt.parameters()]
+    copies = [w.clone() for w in weights]
+    window = lawa_core.LAWA(gpt, k=2, spacing=1)
+    ema = lawa_core.EMA(gpt, beta)
     averaged = AveragedModel(gpt, multi_avg_fn=get_ema_multi_avg_fn(beta))
+    steps = itertools.count()
+
+    def copy_weights():
+        for copy, w in zip(copies, weights, strict=True):
+            copy.copy_(w)
+
     calls = {
-        "floor: one copy of the weights": lambda: [
-            copy.copy_(w) for copy, w in zip(copies, weights, strict=True)
-        ],
+        "floor: one copy of the weights": copy_weights,
         "lawa EMA": lambda: ema.update(next(steps)),
         "lawa LAWA push": lambda: window.update(next(steps)),
         "torch AveragedModel, foreach": lambda: averaged.update_parameters(gpt),
     }
+    notes = []
     for name, more in {"ema-pytorch": ema_pytorch, "timm": timm}.items():
         try:
             calls |= more(gpt, beta)
@@ -345,12 +347,13 @@ def ema_pytorch(gpt, beta: float) -> dict[str, Callable]:
 
 def timm(gpt, beta: float) -> dict[str, Callable]:
     """ModelEmaV3 from its one file, because `import timm` wants torchvision."""
-    if not (package := util.find_spec("timm")):
+    package = util.find_spec("timm")
+    if not package:
         raise ImportError("No module named 'timm'")
-    spec = util.spec_from_file_location(
-        "model_ema", Path(package.origin).parent / "utils" / "model_ema.py"
-    )
-    spec.loader.exec_module(module := util.module_from_spec(spec))
+    file = Path(package.origin).parent / "utils" / "model_ema.py"
+    spec = util.spec_from_file_location("model_ema", file)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     average = module.ModelEmaV3(gpt, decay=beta)
     return {"timm ModelEmaV3, foreach": lambda: average.update(gpt)}
 
@@ -363,16 +366,11 @@ WORKERS = {
 
 def worker(python, function: Callable, *args) -> list[str]:
     """The command that runs one of WORKERS."""
-    return [
-        str(python),
-        str(Path(__file__).resolve()),
-        "worker",
-        function.__name__,
-        *map(str, args),
-    ]
+    script = str(Path(__file__).resolve())
+    return [str(python), script, "worker", function.__name__, *map(str, args)]
 
 
-# ---- 3. Measuring -------------------------------------------------------------------------------------------------------------------
+# ---- 3. Measuring --------------------------------------------------------------------------------
 
 
 class Failed(Exception):
@@ -383,9 +381,8 @@ class Failed(Exception):
 class Contender:
     name: str  # ratios refer to the first names that begin with "floor" and "lawa"
     commands: list[list[str]]  # run one after another
-    checks: dict[str, dict[Path, float]] = field(
-        default_factory=dict
-    )  # {pattern of an output: the weights it should have}
+    # {pattern of an output: the weights it should have}
+    checks: dict[str, dict[Path, float]] = field(default_factory=dict)
 
 
 PEAKS = {"VmHWM": "resident", "RssAnon": "anonymous", "RssFile": "mapped"}  # /proc/PID/status, kB
@@ -394,8 +391,8 @@ PEAKS = {"VmHWM": "resident", "RssAnon": "anonymous", "RssFile": "mapped"}  # /p
 def measure(commands: list[list[str]], log: Path) -> dict[str, float]:
     """{seconds, bytes read, and peak bytes resident, anonymous and file-mapped} of the commands.
 
-    Read are the bytes that read() and its kin returned, cached or not; pages of a mapped file are not among them. Memory is sampled every
-    5 ms, but `resident` is the kernel's own peak.
+    Read are the bytes that read() and its kin returned, cached or not; pages of a mapped file are
+    not among them. Memory is sampled every 5 ms, but `resident` is the kernel's own peak.
     """
     total = {"seconds": 0.0, "read": 0, **dict.fromkeys(PEAKS.values(), 0)}
     for command in commands:
@@ -406,33 +403,36 @@ def measure(commands: list[list[str]], log: Path) -> dict[str, float]:
             open(log, "w") as errors,
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process,
         ):
-            proc, ended = Path(f"/proc/{process.pid}"), os.pidfd_open(process.pid)
+            proc = Path(f"/proc/{process.pid}")
+            ended = os.pidfd_open(process.pid)
             while not select.select([ended], [], [], 0.005)[0]:
-                for key, _, value in (
-                    line.partition(":") for line in (proc / "status").read_text().splitlines()
-                ):
+                for line in (proc / "status").read_text().splitlines():
+                    key, _, value = line.partition(":")
                     if key in PEAKS:
                         total[PEAKS[key]] = max(total[PEAKS[key]], 1024 * int(value.split()[0]))
             total["seconds"] += time.perf_counter() - begun
-            total["read"] += int(
-                (proc / "io").read_text().split()[1]
-            )  # rchar; there until the process is waited for
+            # rchar; there until the process is waited for
+            total["read"] += int((proc / "io").read_text().split()[1])
             os.close(ended)
         if process.returncode:
-            said = [line.strip() for line in log.read_text().splitlines() if line.strip()] or [
-                f"exit status {process.returncode}"
-            ]
-            raise Failed(said[-1][:200])
+            said = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+            raise Failed(said[-1][:200] if said else f"exit status {process.returncode}")
     return total
 
 
 def take_turns(
     contenders: list[Contender], repeats: int, out: Path, progress: Callable
 ) -> tuple[dict, dict, list[str]]:
-    """({contender: [measurement]}, {contender: what `compare` found}, notes). Who fails is left out from then on, with a note."""
-    runs, errors, notes = {contender.name: [] for contender in contenders}, {}, []
-    for repetition, contender in itertools.product(range(repeats), contenders):
-        if contender.name in runs:
+    """({contender: [measurement]}, {contender: what `compare` found}, notes).
+
+    Who fails is left out from then on, with a note.
+    """
+    runs = {contender.name: [] for contender in contenders}
+    errors, notes = {}, []
+    for repetition in range(repeats):
+        for contender in contenders:
+            if contender.name not in runs:
+                continue
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             try:
@@ -446,33 +446,27 @@ def take_turns(
             except (Failed, StopIteration) as error:
                 del runs[contender.name]
                 notes.append(f"{contender.name} left out: {error or 'it wrote no output'}")
-        if contender is contenders[-1]:
-            progress(
-                repetition + 1,
-                ", ".join(f"{name} {done[-1]['seconds']:.2f} s" for name, done in runs.items()),
-            )
+        last = [f"{name} {done[-1]['seconds']:.2f} s" for name, done in runs.items()]
+        progress(repetition + 1, ", ".join(last))
     return runs, errors, notes
 
 
 def table_rows(runs: dict[str, list[dict]], errors: dict[str, tuple[float, float]]) -> list[dict]:
-    """One row per contender: seconds, their median and spread, ratios, peaks over the repetitions, errors."""
+    """One row per contender: seconds, their median and spread, ratios, peaks over the repetitions,
+    errors."""
 
     def ratio(mine, prefix):
         theirs = next((other for name, other in runs.items() if name.startswith(prefix)), [])
-        return (
-            median([a["seconds"] / b["seconds"] for a, b in zip(mine, theirs, strict=False)])
-            if theirs
-            else None
-        )
+        pairs = zip(mine, theirs, strict=False)
+        return median([a["seconds"] / b["seconds"] for a, b in pairs]) if theirs else None
 
     rows = []
     for name, done in runs.items():
-        peaks = {key: max(run[key] for run in done) for key in done[0]}
         seconds = [run["seconds"] for run in done]
         rows.append(
             {
                 "contender": name,
-                **peaks,
+                **{key: max(run[key] for run in done) for key in done[0]},
                 "median": median(seconds),
                 "min": min(seconds),
                 "max": max(seconds),
@@ -485,7 +479,7 @@ def table_rows(runs: dict[str, list[dict]], errors: dict[str, tuple[float, float
     return rows
 
 
-# ---- 4. The workloads ---------------------------------------------------------------------------------------------------------------
+# ---- 4. The workloads ----------------------------------------------------------------------------
 
 LAWA = [sys.executable, str(ROOT / "lawa_core.py")]
 
@@ -500,23 +494,15 @@ def uniform(inputs) -> dict[Path, float]:
 
 
 def ours_alone(inputs, out: Path, peers: Path) -> list[Contender]:
-    command = [
-        *LAWA,
-        "average",
-        *map(str, inputs),
-        "-o",
-        str(out / "average.safetensors"),
-        "--json",
-    ]
+    target = str(out / "average.safetensors")
+    command = [*LAWA, "average", *map(str, inputs), "-o", target, "--json"]
     return [floor(inputs, out, 1), Contender("lawa", [command], {"*.safetensors": uniform(inputs)})]
 
 
 def one_mean(inputs, out: Path, peers: Path) -> list[Contender]:
-    inputs, target, config = (
-        inputs[:5],
-        out / "average.safetensors",
-        inputs[0].with_name("mergekit.yml"),
-    )
+    inputs = inputs[:5]
+    target = out / "average.safetensors"
+    config = inputs[0].with_name("mergekit.yml")
     models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in inputs]
     config.write_text(json.dumps({"merge_method": "linear", "models": models}))  # JSON is YAML
     others = {
@@ -524,20 +510,18 @@ def one_mean(inputs, out: Path, peers: Path) -> list[Contender]:
         "timm's method": worker(peers, timm_method, target, *inputs),
         "load and sum": worker(sys.executable, load_and_sum, target, *inputs),
     }
-    return ours_alone(inputs, out, peers) + [
-        Contender(name, [run], {"*.safetensors": uniform(inputs)}) for name, run in others.items()
-    ]
+    check = {"*.safetensors": uniform(inputs)}
+    contenders = ours_alone(inputs, out, peers)
+    return contenders + [Contender(name, [run], check) for name, run in others.items()]
 
 
 def windows(k: int, inputs, out: Path, peers: Path) -> list[Contender]:
     check = {f"lawa/{inputs[-1].name}": uniform(inputs[-k:])}
-    return [
-        floor(inputs, out, len(inputs) - k + 1),
-        *(
-            Contender(name, [worker(sys.executable, run, k, inputs[0].parent, out)], check)
-            for name, run in {"lawa": one_pass, "fresh means": fresh_means}.items()
-        ),
-    ]
+    contenders = [floor(inputs, out, len(inputs) - k + 1)]
+    for name, run in {"lawa": one_pass, "fresh means": fresh_means}.items():
+        command = worker(sys.executable, run, k, inputs[0].parent, out)
+        contenders.append(Contender(name, [command], check))
+    return contenders
 
 
 SIX = [
@@ -548,36 +532,22 @@ SIX = [
 
 def six_schemes(inputs, out: Path, peers: Path) -> list[Contender]:
     def job(schemes, folder: Path) -> list[str]:
-        chosen, newest = (
-            [word for scheme in schemes for word in ("--scheme", scheme)],
-            str(SPACING * len(inputs)),
-        )
-        return [
-            *LAWA,
-            "sweep",
-            str(inputs[0].parent),
-            *chosen,
-            "--every",
-            newest,
-            "-o",
-            str(folder),
-            "--json",
-        ]
+        command = [*LAWA, "sweep", str(inputs[0].parent), "-o", str(folder), "--json"]
+        command += ["--every", str(SPACING * len(inputs))]  # at the newest alone
+        for scheme in schemes:
+            command += ["--scheme", scheme]
+        return command
 
     ema = {path: 0.9 ** (len(inputs) - 1 - i) * (0.1 if i else 1) for i, path in enumerate(inputs)}
     check = {"lawa*k=5/*": uniform(inputs[-5:]), "ema*0.9/*": ema}
-    one = Contender(
-        "floor, one scheme", floor(inputs, out, 1).commands
-    )  # what is written is most of the difference
+    six_jobs = [job([scheme], out / str(number)) for number, scheme in enumerate(SIX)]
     return [
         floor(inputs, out, len(SIX)),
-        one,
+        # what is written is most of the difference
+        Contender("floor, one scheme", floor(inputs, out, 1).commands),
         Contender("lawa, six schemes", [job(SIX, out)], check),
         Contender("lawa, one scheme", [job(["ema(beta=0.9)"], out)]),
-        Contender(
-            "lawa, six jobs",
-            [job([scheme], out / str(number)) for number, scheme in enumerate(SIX)],
-        ),
+        Contender("lawa, six jobs", six_jobs),
     ]
 
 
@@ -587,9 +557,8 @@ class Workload:
     estimate: float  # seconds per repetition on 2 cores at full size; for the forecast only
     fixture: str | None = None
     outputs: int = 0  # checkpoints on disk at once
-    contenders: Callable[[list[Path], Path, Path], list[Contender]] | None = (
-        None  # of (inputs, folder to write to, the peers' python)
-    )
+    # of (inputs, folder to write to, the peers' python)
+    contenders: Callable[[list[Path], Path, Path], list[Contender]] | None = None
 
 
 WORKLOADS = [
@@ -605,85 +574,79 @@ WORKLOADS = [
 ]
 
 
-# ---- 5. What was to be reached ------------------------------------------------------------------------------------------------------
+# ---- 5. What was to be reached -------------------------------------------------------------------
 
 
 def over(a: str, b: str) -> Callable:
     """a's time over b's: median of the ratios within a repetition."""
-    return lambda result, rows: median(
-        [x / y for x, y in zip(rows[a]["seconds"], rows[b]["seconds"], strict=False)]
-    )
+
+    def measured(result, rows):
+        pairs = zip(rows[a]["seconds"], rows[b]["seconds"], strict=False)
+        return median([x / y for x, y in pairs])
+
+    return measured
 
 
 def ours(key: str, unit: float = 1.0) -> Callable:
-    return lambda result, rows: (
-        next(row for name, row in rows.items() if name.startswith("lawa"))[key] / unit
-    )
+    """The value of the first contender that begins with "lawa"."""
+
+    def measured(result, rows):
+        return next(row for name, row in rows.items() if name.startswith("lawa"))[key] / unit
+
+    return measured
+
+
+def share_read(result, rows) -> float:
+    return ours("read")(result, rows) / result["input_bytes"]
 
 
 MOST, LEAST = "at most", "at least"
+EMA, PUSH = "lawa EMA", "lawa LAWA push"
+COPY, FOREACH = "floor: one copy of the weights", "torch AveragedModel, foreach"
+SIX_AT_ONCE, ONE = "lawa, six schemes", "lawa, one scheme"
 REACH = [  # workloads whose name begins so, what, how it is measured, the bound
     ("A fp32", "our time / the floor's", over("lawa", "floor"), MOST, 1.3),
     ("A fp32", "mergekit's time / ours", over("mergekit", "lawa"), LEAST, 8),
     ("A bf16", "mergekit's time / ours", over("mergekit", "lawa"), LEAST, 6),
     ("A", "our MB resident", ours("resident", 1e6), MOST, 120),
-    (
-        "B",
-        "bytes read / (N S)",
-        lambda result, rows: ours("read")(result, rows) / result["input_bytes"],
-        MOST,
-        1.05,
-    ),
+    ("B", "bytes read / (N S)", share_read, MOST, 1.05),
     ("B k=10", "time of a fresh mean per window / ours", over("fresh means", "lawa"), LEAST, 4),
-    ("C", "time of six schemes / of one", over("lawa, six schemes", "lawa, one scheme"), MOST, 1.5),
-    (
-        "D",
-        "our EMA / AveragedModel with foreach",
-        over("lawa EMA", "torch AveragedModel, foreach"),
-        MOST,
-        1,
-    ),
-    (
-        "D",
-        "our LAWA push / one copy of the weights",
-        over("lawa LAWA push", "floor: one copy of the weights"),
-        MOST,
-        1.2,
-    ),
-    *(
-        ("D", f"{name} / {STEP}", over(name, STEP), MOST, 0.01)
-        for name in ("lawa EMA", "lawa LAWA push")
-    ),
+    ("C", "time of six schemes / of one", over(SIX_AT_ONCE, ONE), MOST, 1.5),
+    ("D", "our EMA / AveragedModel with foreach", over(EMA, FOREACH), MOST, 1),
+    ("D", "our LAWA push / one copy of the weights", over(PUSH, COPY), MOST, 1.2),
+    ("D", f"{EMA} / {STEP}", over(EMA, STEP), MOST, 0.01),
+    ("D", f"{PUSH} / {STEP}", over(PUSH, STEP), MOST, 0.01),
     *((letter, "our error, ulp", ours("ulp"), MOST, 1) for letter in "ABC"),
 ]
 
 
 def reached(name: str, result: dict) -> list[dict]:
     """[{what, expected, measured, reached}]; None where a contender is missing."""
-    rows, lines = {row["contender"]: row for row in result["rows"]}, []
+    rows = {row["contender"]: row for row in result["rows"]}
+    lines = []
     for prefix, what, measured, relation, bound in REACH:
-        if name.startswith(prefix):
-            try:
-                value = measured(result, rows)
-                holds = value <= bound if relation == MOST else value >= bound
-            except (KeyError, StopIteration):
-                value = holds = None
-            lines.append(
-                {
-                    "what": what,
-                    "expected": f"{relation} {bound:g}",
-                    "measured": value,
-                    "reached": holds,
-                }
-            )
+        if not name.startswith(prefix):
+            continue
+        try:
+            value = measured(result, rows)
+            holds = value <= bound if relation == MOST else value >= bound
+        except (KeyError, StopIteration):
+            value = holds = None
+        expected = f"{relation} {bound:g}"
+        lines.append({"what": what, "expected": expected, "measured": value, "reached": holds})
     return lines
 
 
-# ---- 6. Command line ----------------------------------------------------------------------------------------------------------------
+# ---- 6. Command line -----------------------------------------------------------------------------
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
+
+
+OUTCOMES = {True: "reached", False: "NOT reached", None: "not measured"}
 
 
 def markdown(workloads: dict[str, dict]) -> str:
@@ -698,23 +661,24 @@ def markdown(workloads: dict[str, dict]) -> str:
         "% off > 1 ulp": ("off", 0.01),
     }
     heads = ["workload", "contender", "median", "spread", *columns]
-    lines, notes = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], []
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    notes = []
     for name, result in workloads.items():
         for row in result["rows"]:
             unit, scale = ("s", 1) if row["median"] >= 1 else ("ms", 1e3)
             middle, low, high = (number(row[key] * scale) for key in ("median", "min", "max"))
-            cells = [number(row.get(key) and row[key] / by) for key, by in columns.values()]
-            lines.append(
-                f"| {' | '.join([name, row['contender'], f'{middle} {unit}', f'{low}–{high}', *cells])} |"
+            cells = [name, row["contender"], f"{middle} {unit}", f"{low}–{high}"]
+            cells += [number(row.get(key) and row[key] / by) for key, by in columns.values()]
+            lines.append(f"| {' | '.join(cells)} |")
+        for line in result["reach"]:
+            notes.append(
+                f"- {name}: {line['what']}: expected {line['expected']}, "
+                f"measured {number(line['measured'])}: {OUTCOMES[line['reached']]}"
             )
-        notes += [
-            f"- {name}: {line['what']}: expected {line['expected']}, measured {number(line['measured'])}: "
-            f"{ {True: 'reached', False: 'NOT reached', None: 'not measured'}[line['reached']] }"
-            for line in result["reach"]
-        ]
         notes += [f"- {name}: {note}" for note in result["notes"]]
     lines.append(
-        "\nGB read are those of read() and its kin; mergekit, timm's method, and load and sum map their files instead.\n"
+        "\nGB read are those of read() and its kin; mergekit, timm's method, and load and sum map "
+        "their files instead.\n"
     )
     return "\n".join([*lines, *notes])
 
@@ -722,37 +686,26 @@ def markdown(workloads: dict[str, dict]) -> str:
 def versions(python) -> dict[str, str]:
     if not Path(python).exists():
         return {}
-    listed = subprocess.run(
-        [str(python), "-m", "pip", "list", "--format", "json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [str(python), "-m", "pip", "list", "--format", "json"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {item["name"]: item["version"] for item in json.loads(listed.stdout)}
     wanted = (*PEERS, "numpy", "safetensors", "torch")
-    return {
-        item["name"]: item["version"]
-        for item in json.loads(listed.stdout)
-        if item["name"] in wanted
-    }
+    return {name: version for name, version in found.items() if name in wanted}
 
 
 def make_peers(folder: Path) -> Path:
-    """The peers' Python. What will not install is reported, and its contenders then fail on their own."""
+    """The peers' Python. What will not install is reported, and its contenders then fail on their
+    own."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=False)
     for name in PEERS.keys() - versions(python).keys():
         print(f"installing {name} into {folder}, once", file=sys.stderr)
-        done = subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", *PEERS[name]],
-            capture_output=True,
-            text=True,
-        )
+        command = [str(python), "-m", "pip", "install", "-q", *PEERS[name]]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(
-                f"{name} will not install: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}",
-                file=sys.stderr,
-            )
+            said = done.stderr.strip().splitlines() or ["no reason given"]
+            print(f"{name} will not install: {said[-1]}", file=sys.stderr)
     return python
 
 
@@ -771,59 +724,61 @@ def machine(load: float, peers: Path) -> dict:
 
 def run_files(workload: Workload, args, progress) -> dict:
     """A workload of files. Errors: Failed when the disk is too small."""
-    folder, out, dtype = (
-        args.dir / f"{workload.fixture}-{args.size}",
-        args.dir / "out",
-        FIXTURES[workload.fixture][0],
-    )
+    folder = args.dir / f"{workload.fixture}-{args.size}"
+    out = args.dir / "out"
+    dtype, count, _ = FIXTURES[workload.fixture]
     size = BYTES[dtype] * values_in(workload.fixture, args.size)
-    need = (
-        1.05 * size * (workload.outputs + (0 if folder.exists() else FIXTURES[workload.fixture][1]))
-    )
-    if need > (free := shutil.disk_usage(args.dir).free):
+    need = 1.05 * size * (workload.outputs + (0 if folder.exists() else count))
+    free = shutil.disk_usage(args.dir).free
+    if need > free:
         raise Failed(
-            f"it needs {need / 1e9:.0f} GB in {args.dir}, {free / 1e9:.0f} GB are free; give another --dir"
+            f"it needs {need / 1e9:.0f} GB in {args.dir}, {free / 1e9:.0f} GB are free; "
+            "give another --dir"
         )
     inputs = make_checkpoints(folder, workload.fixture, args.size)
-    measure(
-        [["cat", *map(str, inputs)]], out.with_suffix(".log")
-    )  # warm: nobody pays for a cold cache
-    runs, errors, notes = take_turns(
-        workload.contenders(inputs, out, args.python), args.repeats, out, progress
-    )
-    return {
-        "n": args.repeats,
-        "input_bytes": size * len(inputs),
-        "rows": table_rows(runs, errors),
-        "notes": notes,
-    }
+    # warm: nobody pays for a cold cache
+    measure([["cat", *map(str, inputs)]], out.with_suffix(".log"))
+    contenders = workload.contenders(inputs, out, args.python)
+    runs, errors, notes = take_turns(contenders, args.repeats, out, progress)
+    rows = table_rows(runs, errors)
+    return {"n": args.repeats, "input_bytes": size * len(inputs), "rows": rows, "notes": notes}
 
 
-def run_online(args, progress) -> dict:
+def run_online(workload: Workload, args, progress) -> dict:
     """Workload D in the peers' environment, or without them where there is none."""
     python = args.python if "torch" in versions(args.python) else sys.executable
-    done = subprocess.run(
-        worker(python, online, args.size, args.repeats), capture_output=True, text=True
-    )
+    command = worker(python, online, args.size, args.repeats)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or ["no reason given"])[-1])
     found = json.loads(done.stdout)
     progress(args.repeats, "done")
-    rows = table_rows(
-        {name: [{"seconds": s} for s in seconds] for name, seconds in found["seconds"].items()}, {}
-    )
-    return {"n": 4 * args.repeats, "rows": rows, "notes": found["notes"]}
+    runs = {name: [{"seconds": s} for s in seconds] for name, seconds in found["seconds"].items()}
+    return {"n": 4 * args.repeats, "rows": table_rows(runs, {}), "notes": found["notes"]}
 
 
 def store(path: Path, name: str, result: dict) -> None:
     """Put one workload's results into the JSON, atomically; the others stay."""
     known = json.loads(path.read_text())["workloads"] if path.exists() else {}
-    part = path.with_suffix(".part")
     workloads = dict(sorted((known | {name: result}).items()))
-    part.write_text(
-        json.dumps({"workloads": workloads, "markdown": markdown(workloads)}, indent=1) + "\n"
-    )
+    kept = {"workloads": workloads, "markdown": markdown(workloads)}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(kept, indent=1) + "\n")
     os.replace(part, path)
+
+
+def renew_docs() -> None:
+    """Write the table into docs/benchmarks.md, from the JSON."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from lab.report import renew
+
+        renew()
+    except (ImportError, ValueError, OSError) as error:
+        print(
+            f"docs/benchmarks.md is as it was ({error}); to renew it: python -m lab.report --renew",
+            file=sys.stderr,
+        )
 
 
 def parse_args() -> argparse.Namespace:
@@ -862,42 +817,34 @@ def parse_args() -> argparse.Namespace:
 
 def remove(args, keep) -> None:
     """Remove what this script wrote into its folder, except results and the fixtures to keep."""
-    for name in (
-        "out",
-        *(
-            f"{fixture}-{args.size}{end}"
-            for fixture in FIXTURES.keys() - {*keep}
-            for end in ("", ".part")
-        ),
-    ):
-        shutil.rmtree(args.dir / name, ignore_errors=True)
+    shutil.rmtree(args.dir / "out", ignore_errors=True)
+    for fixture in FIXTURES.keys() - {*keep}:
+        shutil.rmtree(args.dir / f"{fixture}-{args.size}", ignore_errors=True)
+        shutil.rmtree(args.dir / f"{fixture}-{args.size}.part", ignore_errors=True)
     (args.dir / "out.log").unlink(missing_ok=True)
 
 
 def main() -> int:
-    args, load = parse_args(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
+    args = parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
-    args.python = (
-        make_peers(args.peers.absolute())
-        if {*args.only} & {*"AD"}
-        else args.peers / "bin" / "python"
-    )
-    results = (
-        Path(__file__).with_suffix(".json") if args.size == "full" else args.dir / "averaging.json"
-    )
-    todo, measured, about = (
-        [w for w in WORKLOADS if w.name[0] in args.only],
-        {},
-        machine(load, args.python),
-    )
-    left = {
-        w.name: w.estimate * args.repeats * (1 if args.size == "full" else 0.15) for w in todo
-    }  # seconds
+    args.python = args.peers / "bin" / "python"
+    if {*args.only} & {*"AD"}:
+        args.python = make_peers(args.peers.absolute())
+    results = args.dir / "averaging.json"
+    if args.size == "full":
+        results = Path(__file__).with_suffix(".json")
+    todo = [w for w in WORKLOADS if w.name[0] in args.only]
+    about = machine(load, args.python)
+    shrunk = 1 if args.size == "full" else 0.15
+    left = {w.name: w.estimate * args.repeats * shrunk for w in todo}  # seconds
     print(
-        f"{len(todo)} workloads, {args.repeats} repetitions: about {sum(left.values()) / 60:.0f} minutes on 2 quiet cores; "
-        f"the load is {load:.1f}{', too much for timings' * (load > 0.5)}",
+        f"{len(todo)} workloads, {args.repeats} repetitions: about {sum(left.values()) / 60:.0f} "
+        f"minutes on 2 quiet cores; the load is {load:.1f}"
+        f"{', too much for timings' * (load > 0.5)}",
         file=sys.stderr,
     )
+    measured = {}
     try:
         for number, workload in enumerate(todo):
             begun = time.monotonic()
@@ -905,24 +852,21 @@ def main() -> int:
             def progress(done: int, text: str, name=workload.name, begun=begun) -> None:
                 left[name] = (time.monotonic() - begun) / done * (args.repeats - done)
                 print(
-                    f"{name}  {done} of {args.repeats}  {text}; {sum(left.values()) / 60:.1f} minutes left",
+                    f"{name}  {done} of {args.repeats}  {text}; "
+                    f"{sum(left.values()) / 60:.1f} minutes left",
                     file=sys.stderr,
                     flush=True,
                 )
 
             try:
-                result = (
-                    run_files(workload, args, progress)
-                    if workload.fixture
-                    else run_online(args, progress)
-                )
-                result |= {
-                    "size": args.size,
-                    "date": datetime.date.today().isoformat(),
-                    "machine": about,
-                }
-                measured[workload.name] = result | {"reach": reached(workload.name, result)}
-                store(results, workload.name, measured[workload.name])
+                run = run_files if workload.fixture else run_online
+                result = run(workload, args, progress)
+                result["size"] = args.size
+                result["date"] = datetime.date.today().isoformat()
+                result["machine"] = about
+                result["reach"] = reached(workload.name, result)
+                measured[workload.name] = result
+                store(results, workload.name, result)
             except Failed as error:
                 print(f"{workload.name} skipped: {error}", file=sys.stderr)
             left[workload.name] = 0
@@ -931,6 +875,8 @@ def main() -> int:
         return 130
     finally:
         remove(args, FIXTURES if args.keep else ())
+        if measured and args.size == "full":
+            renew_docs()
     print(f"{markdown(measured)}\n\nresults in {results}")
     return 0 if measured else 1
 

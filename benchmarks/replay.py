@@ -1,11 +1,14 @@
 """What a replay costs over evaluating its models alone: time, bytes fetched, memory. Prints ratios.
 
-    python benchmarks/replay.py [--preset pythia-70m] [--points 6] [--k 5] [--tokens 8192] [--repeats 3]
+    python benchmarks/replay.py [--preset pythia-70m] [--points 6] [--k 5] [--tokens 8192]
+                                [--repeats 3]
 
-A model of the preset's shape with random weights is served by the tests' stand-in for the Hub, in float16 as Pythia is, and replayed from
-there: N points, run and average. Each part runs in a process of its own: (a) evaluating the N + N models, already in files, one after the
-other; (b) the replay with its window in memory; (c) with its window on disk. Parts alternate, and the ratios are of medians. Memory is what
-a process maps and writes (anonymous), less what is there before the first checkpoint is opened.
+A model of the preset's shape with random weights is served by the tests' stand-in for the Hub, in
+float16 as Pythia is, and replayed from there: N points, run and average. Each part runs in a
+process of its own: (a) evaluating the N + N models, already in files, one after the other; (b) the
+replay with its window in memory; (c) with its window on disk. Parts alternate, and the ratios are
+of medians. Memory is what a process maps and writes (anonymous), less what is there before the
+first checkpoint is opened.
 """
 
 import argparse
@@ -51,30 +54,32 @@ class Peak:
 
 
 def prepare(folder: Path, preset: str, revisions: int, tokens: int) -> None:
-    """Step folders: one set of random weights, each revision a little further along a random direction; and text."""
+    """Text, and step folders: random weights, each a little further along one direction."""
     import torch
 
-    import gpt
+    from lab.hf import save_hf
+    from model import GPT, gpt_config
 
-    config = gpt.preset(preset, 50_277)
-    start, way = (dict(gpt.GPT(config, seed).state_dict()) for seed in (0, 1))
+    config = gpt_config(preset, 50_277)
+    start = GPT(config, 0).state_dict()
+    way = GPT(config, 1).state_dict()
     for i in range(revisions):
         state = {name: (start[name] + 0.01 * i * way[name]).to(torch.float16) for name in start}
-        gpt.save_hf(folder / "made" / f"step{(i + 1) * STEP}", config, state)
+        save_hf(folder / "made" / f"step{(i + 1) * STEP}", config, state)
     val = (
         np.random.default_rng(0)
         .integers(0, 50_277, max(tokens, config.block_size) + 1)
         .astype("<u2")
     )
     (folder / "text").mkdir()
-    for split, data in (("train", val[:0]), ("val", val)):
-        data.tofile(folder / "text" / f"{split}.bin")
+    for split in ("train", "val"):
+        val.tofile(folder / "text" / f"{split}.bin")
     (folder / "text" / "meta.json").write_text(
         json.dumps(
             {
                 "name": "noise",
                 "vocab_size": 50_277,
-                "train_tokens": 0,
+                "train_tokens": len(val),
                 "val_tokens": len(val),
                 "val_bytes": len(val),
                 "tokenizer": "none",
@@ -86,36 +91,34 @@ def prepare(folder: Path, preset: str, revisions: int, tokens: int) -> None:
 
 def alone(folder: Path, k: int, points: int, blocks: int) -> None:
     """Evaluate N + N models that lie ready, one after the other."""
-    import gpt
     import lawa_core
-    import model
+    from lab.hf import hf_config, load_state
+    from model import empty_model, evaluate, open_corpus
 
-    corpus, trajectory = (
-        model.open_corpus(folder / "text"),
-        lawa_core.open_trajectory(folder / "made"),
-    )
-    network = gpt.blank(gpt.hf_config(trajectory.companions()))
+    corpus = open_corpus(folder / "text")
+    trajectory = lawa_core.open_trajectory(folder / "made")
+    network = empty_model(hf_config(trajectory.config_dir()))
     for step in trajectory.steps[-points:]:
         for _ in ("run", "average"):
-            model.evaluate(gpt.fill(network, trajectory[step]), corpus, blocks)
+            evaluate(load_state(network, trajectory[step]), corpus, blocks)
 
 
 def replay(folder: Path, k: int, points: int, blocks: int, url: str, on_disk: bool) -> int:
-    import lawa_core
-    import lawa_hub
-    import model
-    import pythia
+    """Replay from the stand-in; the bytes of one copy of each revision."""
+    import lab.replay
+    from lab.hub import open_hub
+    from lawa_core import lawa
+    from model import open_corpus
 
-    trajectory = lawa_hub.open_hub(REPO, folder=folder / "cache", endpoint=url, token=False)
-    pythia.replay(
+    trajectory = open_hub(REPO, folder=folder / "cache", endpoint=url, token=False)
+    lab.replay.replay(
         trajectory,
-        {"lawa": lawa_core.lawa(k, STEP)},
-        model.open_corpus(folder / "text"),
+        {"lawa": lawa(k, STEP)},
+        open_corpus(folder / "text"),
         trajectory.steps[-points:],
         n_blocks=blocks,
         device="cpu",
         on_disk=on_disk,
-        every=1e9,
     )
     return sum(map(trajectory.nbytes, trajectory.steps))
 
@@ -124,7 +127,7 @@ def worker(part: str, folder: Path, k: int, points: int, blocks: int, url: str) 
     import huggingface_hub.errors
     import huggingface_hub.hf_api  # noqa: F401 - what importing takes is not counted
 
-    import pythia  # noqa: F401
+    import lab.replay  # noqa: F401
 
     begun, needed = time.perf_counter(), 0
     with Peak() as peak:
@@ -158,9 +161,9 @@ def main() -> None:
         return worker(part, Path(folder), int(k), int(points), int(blocks), url)
     from hub_stand_in import Hub
 
-    import gpt
+    from model import gpt_config
 
-    config = gpt.preset(args.preset, 50_277)
+    config = gpt_config(args.preset, 50_277)
     blocks, results = max(args.tokens // config.block_size, 1), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -181,53 +184,50 @@ def main() -> None:
                         str(blocks),
                         hub.url,
                     ]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
+                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                     row = json.loads(done.stdout.splitlines()[-1]) | {
                         "sent": sum(hub.sent.values())
                     }
                     results.setdefault(part, []).append(row)
                     print(
-                        f"{part:>10}: {row['seconds']:7.2f} s, peak {row['bytes'] / 1e6:.0f} MB, {row['sent'] / 1e6:.0f} MB fetched",
+                        f"{part:>10}: {row['seconds']:7.2f} s, peak {row['bytes'] / 1e6:.0f} MB, "
+                        f"{row['sent'] / 1e6:.0f} MB fetched",
                         flush=True,
                     )
     report(config, args, results)
 
 
 def report(config, args, results: dict) -> None:
-    import gpt
+    from model import count_parameters
 
-    parameters = gpt.blank(config, "meta").size()
-    live, stored = (
-        4 * parameters,
-        2 * parameters,
-    )  # bytes: one model on the CPU in float32, one checkpoint in float16
-    seconds = {
-        part: statistics.median(row["seconds"] for row in rows) for part, rows in results.items()
-    }
-    memory = {part: max(row["bytes"] for row in rows) for part, rows in results.items()}
-    fetched = [
-        row["sent"] / row["needed"]
-        for part, rows in results.items()
-        if part != "alone"
-        for row in rows
-    ]
+    parameters, _ = count_parameters(config)
+    live = 4 * parameters  # bytes of one model on the CPU in float32
+    stored = 2 * parameters  # bytes of one checkpoint in float16
+    seconds, memory, fetched = {}, {}, []
+    for part, rows in results.items():
+        seconds[part] = statistics.median(row["seconds"] for row in rows)
+        memory[part] = max(row["bytes"] for row in rows)
+        if part != "alone":
+            fetched += [row["sent"] / row["needed"] for row in rows]
     print(
-        f"{args.preset}: {parameters / 1e6:.1f}M parameters, {args.points} + {args.points} models, k = {args.k}, "
-        f"median of {args.repeats}"
+        f"{args.preset}: {parameters / 1e6:.1f}M parameters, {args.points} + {args.points} models, "
+        f"k = {args.k}, median of {args.repeats}"
     )
     for part in ("in memory", "on disk"):
-        print(
-            f"window {part}: {seconds[part] / seconds['alone']:.3f} times evaluating alone (aim: at most 1.15)"
-        )
-    bound = live + args.k * stored + 300e6
+        ratio = seconds[part] / seconds["alone"]
+        print(f"window {part}: {ratio:.3f} times evaluating alone (aim: at most 1.15)")
+    bound = live + (args.k + 1) * stored + 300e6
     print(
-        f"window in memory: peak {memory['in memory'] / bound:.3f} of a model, k checkpoints and 300 MB (aim: at most 1)"
+        f"window in memory: peak {memory['in memory'] / bound:.3f} of a model, k checkpoints, "
+        f"the average and 300 MB (aim: at most 1)"
     )
     print(
-        f"window on disk: peak {memory['on disk'] / live:.3f} models of {live / 1e6:.0f} MB (aim: at most 2)"
+        f"window on disk: peak {memory['on disk'] / live:.3f} models of {live / 1e6:.0f} MB "
+        f"(aim: at most 2)"
     )
     print(
-        f"evaluating alone: peak {memory['alone'] / live:.3f} models, so activations are {(memory['alone'] - live) / 1e6:.0f} MB"
+        f"evaluating alone: peak {memory['alone'] / live:.3f} models, "
+        f"so activations are {(memory['alone'] - live) / 1e6:.0f} MB"
     )
     print(f"fetched: {max(fetched):.3f} of one copy of each revision used")
 

@@ -1,11 +1,12 @@
-"""Runs the notebooks as jobs side by side through submitit: on Slurm where there is one, else as processes of this machine.
+"""Runs the notebooks as jobs through submitit: on Slurm where there is one, else as processes here.
 
     pip install submitit
     python docs/submit.py --gpus 1 --hours 24 -- --scale gpt2-small
     python docs/submit.py --local -- --scale smoke --only lr_sweep
 
-What follows `--` goes to `run_all.sh --list`, which prints one self-contained command per notebook; each is a job. Jobs that need the same
-run find it: one trains, the others wait. Exit status 1 if any failed.
+What follows `--` goes to `run_all.sh --list`, which prints one self-contained command per notebook;
+each is a job. Jobs that need the same run find it: one trains, the others wait. Exit status 1 if
+any failed.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""A stand-in for the Hugging Face Hub on loopback: its HTTP interface, as huggingface_hub speaks it, over files made by the tests.
+"""A stand-in for the Hugging Face Hub on loopback, over files made by the tests.
 
-Served: the list of branches, a revision's files with their git and LFS hashes (paged), HEAD and GET of a file. Weights are LFS files:
-the hub answers with a redirect to a second server, as the real one does, which serves them by hash, whole or in ranges. Hashes come from
-the content. `faults` makes the next matching requests fail; `log` and `sent` tell what was asked for and how much went out.
+It speaks the Hub's HTTP interface as huggingface_hub does. Served: the list of branches, a
+revision's files with their git and LFS hashes (paged), HEAD and GET of a file. Weights are LFS
+files: the hub answers with a redirect to a second server, as the real one does, which serves them
+by hash, whole or in ranges. Hashes come from the content. `faults` makes the next matching requests
+fail; `log` and `sent` tell what was asked for and how much went out.
 """
 
 import hashlib
@@ -28,7 +30,10 @@ class Listed:
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests whose "METHOD path" matches: a status code, or to the body: "cut", "short", "corrupt"."""
+    """What to do to the next `times` requests whose "METHOD path" matches.
+
+    what: a status code, or to the body: "cut", "short", "corrupt".
+    """
 
     pattern: str
     what: int | str
@@ -220,13 +225,10 @@ class _Api(_Handler):
             for name, data in self.hub.files[repo][branch].items()
         ]
         more = cursor + self.hub.page < len(records)
-        link = (
-            {
-                "Link": f'<{self.hub.url}/api/models/{repo}/tree/{revision}?cursor={cursor + self.hub.page}>; rel="next"'
-            }
-            if more
-            else {}
-        )
+        link = {}
+        if more:
+            following = f"/api/models/{repo}/tree/{revision}?cursor={cursor + self.hub.page}"
+            link = {"Link": f'<{self.hub.url}{following}>; rel="next"'}
         self.json(records[cursor : cursor + self.hub.page], link)
 
     def resolve(self, repo, revision, name, query, fault):

@@ -39,7 +39,8 @@ def lawa_weights(steps, at, k, spacing=None, start=0):
 
 
 def swa_weights(steps, at, start=0, every=None):
-    """Uniform mean of start, start + every, ... up to `at`; every=None: of all steps since start."""
+    """Uniform mean of start, start + every, ... up to `at`; every=None: of all steps since
+    start."""
     if at < start:
         return {at: Fraction(1)}
     kept = [
@@ -82,7 +83,8 @@ def decay_weights(window, shape):
 
 
 def decayed_walk(thetas, shape):
-    """What those weights mean: replay each update theta_j - theta_{j-1}, scaled by the decayed rate w_j."""
+    """What those weights mean: replay each update theta_j - theta_{j-1}, scaled by the decayed rate
+    w_j."""
     theta = np.array(thetas[0], dtype=np.longdouble)
     for j in range(1, len(thetas)):
         theta = theta + shape(j / len(thetas)) * (
@@ -109,7 +111,8 @@ def wide(tensor):
 
 
 def weighted_sum(tensors, weights):
-    """sum_i w_i * x_i in long double, term by term; equal weights as a sum and one division, since 1/5 is no long double either."""
+    """sum_i w_i * x_i in long double, term by term; equal weights as a sum and one division, since
+    1/5 is no long double either."""
     if isinstance(weights[0], Fraction) and weights == [Fraction(1, len(tensors))] * len(tensors):
         return weighted_sum(tensors, [1] * len(tensors)) / len(tensors)
     total = np.zeros(tuple(tensors[0].shape), np.longdouble)
@@ -157,7 +160,8 @@ def assert_close(got, want, ulps=1.0):
 
 
 def average(states, weights):
-    """The oracle for whole checkpoints: {name: long double array}, or the newest tensor where it is no float."""
+    """The oracle for whole checkpoints: {name: long double array}, or the newest tensor where it is
+    no float."""
     newest = states[-1]
     return {
         name: weighted_sum([s[name] for s in states], weights) if t.is_floating_point() else t
@@ -258,7 +262,8 @@ WATCH = """
 import threading, time
 from pathlib import Path
 def anonymous():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1]) << 10
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(l for l in lines if l.startswith("RssAnon")).split()[1]) << 10
 peak = [0]
 def watch():
     while True:
@@ -270,7 +275,9 @@ def measured(work):
     threading.Thread(target=watch, daemon=True).start()
     result = work()
     return (max(peak[0], anonymous()) - held) / (1 << 20), result
-"""  # for child processes: mapped files do not count, and neither does memory that was reserved and never touched
+# for child processes: mapped files do not count, and neither does memory that was reserved and
+# never touched
+"""
 
 
 def bytes_read():
@@ -284,7 +291,8 @@ def bytes_read():
 
 
 def example(step, dtype=torch.float32, big=()):
-    """A small checkpoint: matrices, a scalar, an empty tensor, integer and boolean buffers. `big` adds one more shape."""
+    """A small checkpoint: matrices, a scalar, an empty tensor, integer and boolean buffers. `big`
+    adds one more shape."""
     rng = torch.Generator().manual_seed(1000 + step)
     state = {
         "wte.weight": torch.randn(

@@ -34,7 +34,8 @@ def good(*args, **options):
 
 
 def refused(*args, status=2, **options):
-    """The error line of a run that must fail: one line, nothing else on stderr, nothing on stdout that looks like success."""
+    """The error line of a run that must fail: one line, nothing else on stderr, nothing on stdout
+    that looks like success."""
     done = lawa_py(*args, **options)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == status, (done.returncode, done.stderr)
@@ -44,7 +45,8 @@ def refused(*args, status=2, **options):
 
 @pytest.fixture
 def run(tmp_path):
-    """Checkpoints whose every weight is their step; the whole folder must be the same afterwards."""
+    """Checkpoints whose every weight is their step; the whole folder must be the same
+    afterwards."""
     paths = ref.write_run(tmp_path / "run", TENS)
     before = ref.digest(tmp_path / "run")
     yield paths
@@ -139,7 +141,8 @@ def test_no_torch_for_safetensors(run, tmp_path):
     """torch takes seconds to import and half a gigabyte of address space."""
     code = f"""
 import runpy, sys
-sys.argv = ["lawa_core.py", "average", *{[str(p) for p in run]!r}, "-o", {str(tmp_path / "out.safetensors")!r}, "--k", "3"]
+sys.argv = ["lawa_core.py", "average", *{[str(p) for p in run]!r}, "--k", "3"]
+sys.argv += ["-o", {str(tmp_path / "out.safetensors")!r}]
 try:
     runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 except SystemExit as stop:
@@ -429,18 +432,23 @@ def test_export(run, tmp_path):
 
 
 def test_average_of_folders_in_shards(tmp_path):
-    """The output is sharded, its index is true, config and tokenizer come from the newest input."""
-    for s in (1, 3):
-        hugging_face(
-            tmp_path / "run" / f"step{s}",
-            {f"h.{i}": torch.full((1000,), float(s + i)) for i in range(5)},
-        )
-    good("average", tmp_path / "run", "-o", tmp_path / "mean-v0.5", "--max-shard", 9000e-9)
+    """From shards cut differently to one file; config and tokenizer come from the newest input."""
+    states = {s: {f"h.{i}": torch.full((1000,), float(s + i)) for i in range(5)} for s in (1, 3)}
+    for s, cut in ((1, 2), (3, 4)):
+        folder, names = hugging_face(tmp_path / "run" / f"step{s}", {}), sorted(states[s])
+        (folder / "model.safetensors").unlink()
+        parts = {"model-00001-of-00002.safetensors": names[:cut]}
+        parts["model-00002-of-00002.safetensors"] = names[cut:]
+        for part, held in parts.items():
+            ref.write_safetensors(folder / part, {n: states[s][n] for n in held}, {"format": "pt"})
+        places = {n: part for part, held in parts.items() for n in held}
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     out = tmp_path / "mean-v0.5"
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    assert sorted(index) == [f"h.{i}" for i in range(5)] and len(set(index.values())) == 3
-    for name, shard in index.items():
-        assert set(ref.read_safetensors(out / shard)[0][name].tolist()) == {2.0 + int(name[2:])}
+    good("average", tmp_path / "run", "-o", out)
+    got = ref.read_safetensors(out / "model.safetensors")[0]
+    assert {n: set(t.tolist()) for n, t in got.items()} == {f"h.{i}": {2.0 + i} for i in range(5)}
+    assert not (out / "model.safetensors.index.json").exists()
     assert (out / "tokenizer.json").exists() and not (out / "notes.txt").exists()
 
 
@@ -456,7 +464,8 @@ print(abs(value - 30) + 1, abs(value - 30) + 1.5)
 
 
 def test_search(run, tmp_path):
-    """Weights drift by 10 a checkpoint; the loss is least where the window's centre is 30: k = 5 at spacing 10."""
+    """Weights drift by 10 a checkpoint; the loss is least where the window's centre is 30: k = 5 at
+    spacing 10."""
     script = tmp_path / "validate.py"
     script.write_text(VALIDATE)
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} {{}}"

@@ -1,13 +1,14 @@
 """What the notebooks' figures and verdicts are computed with."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from corpora import ROOT
 from lab import Lab, beyond_spread, chosen_elsewhere, grid, in_favour, mean_se, numbers, pm
 from lawa_core import LawaError
+from model import ROOT
 
 ROWS = [
     {"lr": lr, "seed": seed, "scheme": scheme, "loss": lr * 10 + seed + (scheme == "lawa") / 2}
@@ -41,7 +42,8 @@ def test_beyond_spread(differences, verdict):
 
 
 def test_no_seed_chooses_for_itself():
-    """Candidate 0 is best only for seed 2, by so much that it has the best mean: the other seeds take it, seed 2 itself does not."""
+    """Candidate 0 is best only for seed 2, by so much that it has the best mean: the other seeds
+    take it, seed 2 itself does not."""
     assert chosen_elsewhere([[0.0, 0.0, 9.0], [1.0, 1.0, 1.0]]) == [0, 0, 1]
     assert chosen_elsewhere([[math.nan, 0.3], [0.2, 0.1]]) == [0, 1]
     assert chosen_elsewhere([[0.1], [0.2]]) == [1]
@@ -75,3 +77,47 @@ def test_numbers(given, found):
 def test_what_are_no_numbers(given):
     with pytest.raises(LawaError, match="rates"):
         numbers("rates", given)
+
+
+def settings(**changes):
+    """A notebook's globals after its parameters cell."""
+    given = {"scale": "smoke", "lr": None, "out": None} | changes
+    return {"__annotations__": {"scale": str, "lr": float, "out": str}} | given
+
+
+def test_a_verdict_is_said_in_a_line_and_kept(tmp_path, capsys):
+    lab = Lab("some", "What?", settings(out=str(tmp_path)))
+    words = {"ours": "o", "evidence": "e", "paper": "p", "source": "[S] s", "n": 2, "figure": "f"}
+    for holds in (True, False, None):
+        lab.verdict("It is so", holds=holds, **words)
+    said = ("holds", "does not hold", "undecided")
+    assert capsys.readouterr().out.splitlines() == [
+        f"It is so: {word} at scale smoke (e). Here: o. Paper: p." for word in said
+    ]
+    kept = {"claim": "It is so", "paper": "p", "paper_source": "[S] s", "ours": "o"}
+    kept |= {"evidence": "e", "n": 2, "figure": "f.png"}
+    assert lab.verdicts == [kept | {"holds": holds} for holds in (True, False, None)]
+
+
+def test_every_bad_parameter_is_named_at_once():
+    with pytest.raises(LawaError) as caught:
+        Lab("some", "What?", settings(scale="huge", lr=True) | {"rate": 1.0})
+    for word in ("'rate'", "scale, lr, out", "lr must be a number, got True", "'huge'"):
+        assert word in str(caught.value)
+
+
+def test_a_record_holds_what_the_page_needs(tmp_path):
+    lab = Lab("some", "What?", settings(lr=2e-3, out=str(tmp_path)))
+    lab.record([{"step": 1, "loss": 0.5}])
+    record = json.loads((tmp_path / "some" / "record.json").read_text())
+    assert (
+        record["command"] == "papermill notebooks/some.ipynb out.ipynb -p scale smoke -p lr 0.002"
+    )
+    assert record["params"]["lr"] == 0.002 and "out" not in record["params"]
+    assert (tmp_path / "some" / record["rows"]).read_text().splitlines() == ["step,loss", "1,0.5"]
+
+
+def test_points_are_checkpoints_spread_over_the_run():
+    lab = Lab("some", "Where?", settings())
+    points = lab.points(4)
+    assert points == [100, 200, 300, 400] and set(points) <= set(lab.config.checkpoint_steps)

@@ -22,13 +22,13 @@ import reference as ref
 import torch
 import torch.nn.functional as F
 
-import many_runs
 import model
-import recipes
-from gpt import GPT, GPTConfig, LinearCrossEntropy, load_hf, save_hf
 from lawa_core import LawaError, ema, lawa, open_trajectory
 from model import (
+    GPT,
     Config,
+    GPTConfig,
+    LinearCrossEntropy,
     batch,
     evaluate,
     evaluate_trajectory,
@@ -79,9 +79,13 @@ def write_corpus(folder, seed=0, vocab_size=257, train_tokens=20_000, val_tokens
     return folder
 
 
-def rows(folder, file="metrics.csv"):
-    with open(folder / file, newline="") as text:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(text)]
+def rows(folder, file="metrics.csv", text=()):
+    """The rows of a table, as numbers but for the columns of `text`."""
+    with open(folder / file, newline="") as lines:
+        return [
+            {name: value if name in text else float(value) for name, value in row.items()}
+            for row in csv.DictReader(lines)
+        ]
 
 
 def column(folder, name):
@@ -283,7 +287,7 @@ def long(config):
         config,
         max_iters=36,
         batch_size=2,
-        accumulation=2,
+        gradient_accumulation_steps=2,
         ckpt_interval=3,
         grad_clip=0.5,
         averages="ema(0.5); ema(0.9)",
@@ -495,7 +499,7 @@ def naive_training(config, tokens, vocab_size):
 
     Returns the rows, the initial weights, and the weights after every step.
     """
-    net = GPT(model.preset(config.preset, vocab_size), config.seed)
+    net = GPT(model.gpt_config(config.preset, vocab_size), config.seed)
     params = dict(net.named_parameters())
     start = {name: p.detach().clone() for name, p in params.items()}
     first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
@@ -537,7 +541,7 @@ RECIPES = {
     "plain": {},
     "clipped at times": {"grad_clip": 1.3, "lr": 2e-2},
     "never clipped": {"grad_clip": 0.0, "lr": 2e-2},
-    "accumulated": {"accumulation": 3, "batch_size": 2, "grad_clip": 0.5},
+    "accumulated": {"gradient_accumulation_steps": 3, "batch_size": 2, "grad_clip": 0.5},
     "decayed": {"weight_decay": 3.0, "warmup_iters": 0},
     "wsd": {"schedule": "wsd", "cooldown_frac": 0.5, "min_lr_frac": 0.0},
     "constant": {"schedule": "constant", "beta1": 0.8, "beta2": 0.99},
@@ -578,7 +582,7 @@ def test_weight_decay_on_matrices_only(config, tmp_path):
         weights(train(changed(one, weight_decay=decay), tmp_path / str(decay)), 1)
         for decay in (0.0, 0.5)
     )
-    start = GPT(model.preset("nano", 257), one.seed).state_dict()
+    start = GPT(model.gpt_config("nano", 257), one.seed).state_dict()
     assert {weight.dim() for weight in without.values()} == {1, 2}
     for name, weight in without.items():
         if weight.dim() == 1:
@@ -591,7 +595,8 @@ def test_weight_decay_on_matrices_only(config, tmp_path):
 
 def test_accumulation_1x16_equals_4x4(config, corpus, tmp_path):
     splits = [
-        changed(config, batch_size=size, accumulation=16 // size, max_iters=6) for size in (16, 4)
+        changed(config, batch_size=size, gradient_accumulation_steps=16 // size, max_iters=6)
+        for size in (16, 4)
     ]
     tokens = open_corpus(corpus).train
     assert all(
@@ -604,7 +609,7 @@ def test_accumulation_1x16_equals_4x4(config, corpus, tmp_path):
     assert_near(
         weights(four, 6),
         weights(one, 6),
-        GPT(model.preset("nano", 257), config.seed).state_dict(),
+        GPT(model.gpt_config("nano", 257), config.seed).state_dict(),
         1e-2,
     )
 
@@ -623,7 +628,7 @@ BESIDE = {
     "checkpoints": ({"ckpt_interval": 3}, {}),
     "averages": ({"averages": "ema(0.5)"}, {}),
     "resume states": ({}, {"state_seconds": 0}),
-    "progress": ({}, {"progress": lambda *_: None}),
+    "progress": ({}, {"bar": True}),
 }
 
 
@@ -667,6 +672,53 @@ def test_ema_trajectories(config, tmp_path):
             for name, value in want.items():
                 error = abs(ref.wide(trajectory[step][name]) - value).max()
                 assert error <= 4 * torch.finfo(torch.float32).eps * abs(value).max(), name
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_that_begins_with_another_has_the_bits_it_has_alone(
+    links, config, tmp_path, monkeypatch
+):
+    """Files and all; and the other one is left as it is alone, but for its states."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: os.stat("/no links here"))
+    trunk = changed(config, averages="ema(0.9); lawa(2, 1)", schedule="constant")
+    first = train(trunk, tmp_path / "trunk", state_at=[9, 10, 12])
+    before = digest(first)
+    branches = {
+        9: changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
+        10: changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25),
+        12: changed(trunk, max_iters=16),
+    }
+    for step, branch in branches.items():
+        state = first / f"state_{step}.pt"
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                model, "batch", lambda *args, cut=batch, s=seen: s.append(args[2]) or cut(*args)
+            )
+            folder = train(branch, tmp_path / f"from{step}", resume_from=state)
+        assert seen == list(range(step, branch.max_iters))
+        assert_same_run(folder, train(branch, tmp_path / f"alone{step}"))
+    assert digest(first) == before
+    for state in first.glob("state_*"):
+        state.unlink()
+    assert_same_run(first, train(trunk, tmp_path / "again"))
+
+
+def test_a_run_that_has_begun_goes_on_from_its_own_state(config, run, tmp_path, nan_at, monkeypatch):
+    first = train(config, tmp_path / "first", state_at=[4])
+    other = train(changed(config, lr=1e-2), tmp_path / "other", state_at=[4])
+    folder = tmp_path / "run"
+    nan_at(4)  # of those from step 5 on
+    with pytest.raises(LawaError, match="step 8"):
+        train(config, folder, state_seconds=0, resume_from=first / "state_4.pt")
+    monkeypatch.undo()
+    train(config, folder, resume_from=other / "state_4.pt")  # not taken: it has begun
+    assert_same_run(folder, run)
+
+
+def test_a_run_whose_beginning_is_gone_begins_by_itself(config, run, tmp_path):
+    assert_same_run(train(config, tmp_path / "run", resume_from=tmp_path / "state_4.pt"), run)
 
 
 def test_run_folder(config, run):
@@ -874,14 +926,14 @@ def test_disk_budget_keeps_whole_windows(config):
 LOSES_A_RANK = """
 import os, signal, sys
 import model
-attempt, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), model._Run.step
+attempt, batch = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), model.batch
 
-def step_or_die(run):
-    print(f"attempt {attempt} at step {run.done}", flush=True)
-    if (attempt, run.rank, run.done) == (0, 1, 7):
+def batch_or_die(tokens, config, step, rank=0, world=1):
+    print(f"attempt {attempt} at step {step}", flush=True)
+    if (attempt, rank, step) == (0, 1, 7):
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(run)
-model._Run.step = step_or_die
+    return batch(tokens, config, step, rank, world)
+model.batch = batch_or_die
 sys.exit(model.main(sys.argv[1:]))
 """
 
@@ -935,7 +987,7 @@ def test_two_ranks_accumulate(config, tmp_path):
     """Two micro-batches a rank, whose gradients travel once, are the same run within fp32 noise."""
     one, two = train(config, tmp_path / "one"), tmp_path / "two"
     done = torchrun(
-        ROOT / "model.py", changed(config, batch_size=1, accumulation=4), two, "--standalone"
+        ROOT / "model.py", changed(config, batch_size=1, gradient_accumulation_steps=4), two, "--standalone"
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
@@ -955,23 +1007,11 @@ def test_a_restart_that_would_hang_is_refused(config, tmp_path):
     assert (tmp_path / "lost/resume.pt").exists()
 
 
-def test_batches_cut_behind_the_step_are_the_same(config, corpus, tmp_path):
-    """What the loader's thread hands over, as on a GPU, is the batch of the next step."""
-    run = model._Run(config, open_corpus(corpus), tmp_path, torch.device("cpu"))
-    for step in (3, 4):
-        run.loader.start(run._batch, step)
-        assert torch.equal(
-            run.loader.wait(), torch.from_numpy(batch(run.corpus.train, config, step))
-        )
-    run.loader.close()
-
-
-def test_batches_too_few_for_the_ranks(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        model, "_ranks", lambda device: model.contextlib.nullcontext((0, 3, torch.device("cpu")))
-    )
+@pytest.mark.parametrize("fields", [{}, {"batch_size": 1, "gradient_accumulation_steps": 2}])
+def test_batches_too_few_for_the_ranks(fields, config, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(LawaError, match="3 equal ranks"):
-        train(config, tmp_path / "never")
+        train(changed(config, **fields), tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -1076,7 +1116,7 @@ BAD = {  # flags that replace good ones, and words of the one line that answers
     "rate is no number": ({"lr": "nan"}, "lr nan"),
     "no steps": ({"max_iters": 0}, "max_iters 0"),
     "no sequences": ({"batch_size": 0}, "batch_size 0"),
-    "no micro-batches": ({"accumulation": 0}, "accumulation 0"),
+    "no micro-batches": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps 0"),
     "warm-up too long": ({"warmup_iters": 13}, "warmup_iters 12 13"),
     "negative warm-up": ({"warmup_iters": -1}, "warmup_iters -1"),
     "no checkpoint": ({"ckpt_interval": 13}, "ckpt_interval 12 13"),
@@ -1121,8 +1161,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, config, command, tmp_pat
     "argv, words",
     [
         (("sample", "nowhere"), "nowhere"),
-        (("plan", "--scale", "huge"), "scale huge"),
-        (("plan", "--lr", "-1"), "lr -1"),
         (("dance",), "dance"),
         ((), "command"),
     ],
@@ -1235,7 +1273,7 @@ class Recorder(GPT):
 
 def blocks_of(corpus, n_blocks, seed=0):
     """The blocks that `evaluate` shows a model: (n_blocks, block_size + 1), and its losses."""
-    net = Recorder(model.preset("nano", 257), seed)
+    net = Recorder(model.gpt_config("nano", 257), seed)
     losses = evaluate(net, corpus, n_blocks)
     idx, targets = (torch.cat(parts) for parts in zip(*net.seen, strict=True))
     assert torch.equal(idx[:, 1:], targets[:, :-1])
@@ -1244,7 +1282,7 @@ def blocks_of(corpus, n_blocks, seed=0):
 
 def naive_losses(state, blocks):
     """Nats per token of each block, one block at a time, log-softmax in double."""
-    net = GPT(model.preset("nano", 257))
+    net = GPT(model.gpt_config("nano", 257))
     net.load_state_dict(state)
     out = []
     with torch.no_grad():
@@ -1261,7 +1299,7 @@ def test_evaluate_is_the_naive_loop(n_blocks, corpus):
     blocks, losses = blocks_of(corpus, n_blocks)
     assert (losses.shape, losses.dtype, blocks.shape) == ((n_blocks,), np.float64, (n_blocks, 65))
     assert losses == pytest.approx(
-        naive_losses(GPT(model.preset("nano", 257), 0).state_dict(), blocks), abs=2e-6
+        naive_losses(GPT(model.gpt_config("nano", 257), 0).state_dict(), blocks), abs=2e-6
     )
 
 
@@ -1280,7 +1318,7 @@ def test_blocks_are_contiguous_spread_and_the_same_for_all_models(tmp_path):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_leaves_everything_as_it_was(training, corpus):
-    net, corpus = GPT(model.preset("nano", 257)).train(training), open_corpus(corpus)
+    net, corpus = GPT(model.gpt_config("nano", 257)).train(training), open_corpus(corpus)
     before, generators = (
         ref.state_bits(net.state_dict()),
         (torch.get_rng_state(), str(np.random.get_state())),
@@ -1413,6 +1451,50 @@ def test_evaluation_is_the_same_in_one_go_or_piece_by_piece(copied, run, tmp_pat
     )
 
 
+def test_a_trajectory_of_another_model(copied, corpus, tmp_path):
+    """With a model, a way to load it and a cache: the rows of a run, from files of other names."""
+    want = evaluate_trajectory(copied, {"LAWA": lawa(2, 2)}, None, 10)
+    (theirs := tmp_path / "theirs").mkdir()
+    for path in copied.glob("ckpt_*"):
+        state = ref.read_safetensors(path)[0]
+        ref.write_safetensors(theirs / path.name, {f"x.{name}": t for name, t in state.items()})
+    seen = []
+
+    def load(net, state):
+        net.load_state_dict({name.removeprefix("x."): tensor for name, tensor in state.items()})
+
+    def each(step, label, state):
+        assert all(name.startswith("x.") for name in state)
+        if step == stop_at:
+            raise KeyboardInterrupt
+        seen.append((step, label))
+
+    def ask(cache):
+        net = model.empty_model(model.gpt_config("nano", 257))
+        return evaluate_trajectory(
+            theirs,
+            {"LAWA": lawa(2, 2)},
+            n_blocks=10,
+            model=net,
+            corpus=open_corpus(corpus),
+            load=load,
+            each=each,
+            on_disk=True,
+            cache=cache,
+        )
+
+    stop_at = 8
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path / "rows.csv")
+    assert len(rows(tmp_path, "rows.csv", text=("scheme",))) >= 4  # of whole steps
+    before = list(seen)
+    stop_at = None
+    got = ask(tmp_path / "rows.csv")
+    assert [row | {"run": copied.name} for row in got] == want
+    assert (2, "run") in before and (2, "run") not in seen[len(before) :]  # not evaluated again
+    assert ask(None) == got and not (theirs / "eval.csv").exists()
+
+
 def test_a_trajectory_that_is_none_is_refused(tmp_path, copied):
     with pytest.raises(LawaError, match="nowhere"):
         evaluate_trajectory(tmp_path / "nowhere", {})
@@ -1450,6 +1532,8 @@ def logits(net, idx=IDX):
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_loads_what_transformers_saves(scaled, activation, tmp_path):
+    from lab.hf import load_hf
+
     theirs = hf_gpt2(scale_attn_by_inverse_layer_idx=scaled, activation_function=activation)
     theirs.save_pretrained(tmp_path)
     ours = load_hf(tmp_path)
@@ -1470,6 +1554,8 @@ def test_loads_what_transformers_saves(scaled, activation, tmp_path):
 @pytest.mark.parametrize("scaled, bias", [(True, False), (False, True), (True, True)])
 def test_transformers_loads_what_save_hf_writes(scaled, bias, gelu, tmp_path):
     from transformers import AutoModelForCausalLM
+
+    from lab.hf import load_hf, save_hf
 
     config = GPTConfig(
         3, 4, 32, 24, 97, bias=bias, scale_attn_by_inverse_layer_idx=scaled, gelu=gelu
@@ -1504,6 +1590,8 @@ def as_hub_file(state):
 
 @pytest.mark.parametrize("layout", ["hub", "bin", "sharded", "bf16"])
 def test_loads_other_layouts(layout, tmp_path):
+    from lab.hf import load_hf
+
     theirs = hf_gpt2()
     if layout == "bf16":
         theirs.bfloat16().save_pretrained(tmp_path)
@@ -1535,6 +1623,8 @@ UNUSUAL = [
 @pytest.mark.parametrize("changes", UNUSUAL, ids=str)
 def test_unusual_settings_are_honoured_or_refused(changes, tmp_path):
     """Never other logits than transformers' without a word."""
+    from lab.hf import load_hf
+
     theirs = hf_gpt2(**changes)
     theirs.save_pretrained(tmp_path)
     try:
@@ -1546,6 +1636,8 @@ def test_unusual_settings_are_honoured_or_refused(changes, tmp_path):
 
 
 def test_folders_that_are_no_gpt2_are_refused(tmp_path):
+    from lab.hf import load_hf
+
     with pytest.raises(LawaError, match="nowhere"):
         load_hf(tmp_path / "nowhere")
     hf_gpt2().save_pretrained(tmp_path)
@@ -1679,7 +1771,7 @@ def test_initial_weights():
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    config = model.preset("nano", 257)
+    config = model.gpt_config("nano", 257)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = ref.state_bits(GPT(config, 5).state_dict())
@@ -1700,7 +1792,7 @@ SIZES = {  # layers, heads, width, and the millions of parameters that these siz
 def test_parameter_counts_of_the_papers_sizes(name):
     n_layer, n_head, width, millions = SIZES[name]
     with torch.device("meta"):
-        net = GPT(model.preset(name, 50_257))
+        net = GPT(model.gpt_config(name, 50_257))
     total, vocabulary = (
         sum(p.numel() for p in net.parameters()),
         50_304,
@@ -1714,7 +1806,7 @@ def test_parameter_counts_of_the_papers_sizes(name):
     )
 
 
-# ---- scales and plans ---------------------------------------------------------------------------------------------------------------
+# ---- scales -------------------------------------------------------------------------------------------------------------------------
 
 PAPER = {  # tokens per step, checkpoint interval, usual rate, high rate, final rate of the high one
     "gpt2-small": (393_216, 200, 6e-4, 6e-3, 6e-4),
@@ -1740,37 +1832,19 @@ def test_the_papers_scales(name):
         0.1,
         1.0,
     )
-    assert config.batch_size * config.accumulation * 1024 == config.tokens_per_step == tokens
+    assert config.batch_size * config.gradient_accumulation_steps * 1024 == config.tokens_per_step == tokens
     swept = model.scale_config(model.scale_values(name), lr=high)
     assert learning_rate(swept, 70_000) == pytest.approx(final, rel=1e-6)
-    found = model.cost(config, 50_257)
-    assert found["tokens"] == 70_000 * tokens
-    assert found["flops"] == pytest.approx(
-        6 * found["parameters"] * found["tokens"], rel=0.35
-    )  # attention comes on top
 
 
 @pytest.mark.parametrize("name", model.SCALES)
-def test_every_scale_is_consistent(name, command):
+def test_every_scale_is_consistent(name):
     values = model.scale_values(name)
     config = model.scale_config(values)
     assert values["spacing"] % config.ckpt_interval == 0 and values["k"] >= 1
     assert (
         config.warmup_iters + (values["k"] - 1) * values["spacing"] < config.max_iters
     )  # a full window past the warm-up
-    status, out, err = command("plan", "--scale", name)
-    assert (status, err) == (0, "")
-    assert all(
-        word in out for word in ("parameters", "tokens", "FLOP", "time:", "disk:", "memory:")
-    )
-
-
-def test_plan_follows_the_flags(command):
-    first, second = (
-        command("plan", "--scale", "gpt2-small", *more)[1]
-        for more in ((), ("--max_iters", "35000"))
-    )
-    assert first != second
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------------------------
@@ -1806,144 +1880,6 @@ def test_sample_refuses(argv, words, run, command):
     assert len(err.splitlines()) == 1 and all(word in err for word in words.split())
 
 
-# ---- many runs ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_train_all(config, tmp_path, monkeypatch, capsys):
-    """In order, each run once, what is finished left alone; one that fails is named when the others are done."""
-    monkeypatch.setattr(recipes, "RUNS", tmp_path)
-    seeds = [changed(config, seed=seed) for seed in (0, 1)]
-    done = train(seeds[0])
-    before = digest(done)
-    bad = changed(config, lr=1e30, warmup_iters=0)
-    with pytest.raises(LawaError) as caught:
-        many_runs.train_all([bad, *seeds, seeds[1]], jobs=2)
-    assert run_dir(bad).name in str(caught.value) and run_dir(seeds[1]).name not in str(
-        caught.value
-    )
-    assert "\n" not in str(caught.value) and "loss" in str(caught.value)
-    assert digest(done) == before
-    assert column(run_dir(seeds[1]), "step") == list(range(1, 13))
-    assert " left" in capsys.readouterr().out
-    monkeypatch.setattr(subprocess, "Popen", None)  # nothing to do: not even a process is started
-    assert many_runs.train_all([seeds[1], *seeds]) == [run_dir(seeds[1]), *map(run_dir, seeds)]
-
-
-def test_a_worker_trains_each_run_to_the_bits_it_has_alone(config, tmp_path, monkeypatch):
-    """Runs that share a process, also after one that failed in it, share nothing else."""
-    monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
-    runs = [
-        changed(config, lr=1e30, warmup_iters=0),
-        changed(config, seed=1),
-        changed(config, preset="nano", averages="ema(0.9)"),
-    ]
-    with pytest.raises(LawaError):
-        many_runs.train_all(runs, jobs=1)
-    for number, one in enumerate(runs[1:]):
-        assert_same_run(run_dir(one), train(one, tmp_path / str(number), threads=os.cpu_count()))
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ('["--lr", "-1"]', "lr"),
-        ('["--preset", "giant"]', "preset"),
-        ("nonsense", "JSON"),
-        ('["--out_dir", "/proc/none"]', "/proc/none"),
-    ],
-)
-def test_a_worker_answers_every_line(line, words, config, tmp_path):
-    """What went wrong in one line, and the next run is trained, whatever its options hold."""
-    several = changed(config, averages="ema(0.9);\n  swa(4)")
-    good = json.dumps([*model.flags(several), "--out_dir", str(tmp_path / "a run")])
-    done = subprocess.run(
-        [sys.executable, model.__file__, "work"],
-        input=f"{line}\n{good}\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    said = [json.loads(answer) for answer in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(said) == 2 and words in said[0] and said[1] == ""
-    assert (tmp_path / "a run" / "summary.json").exists()
-
-
-LATER = (
-    {"hold_frac": 0.75},
-    {"schedule": "constant"},
-    {"schedule": "wsd", "cooldown_frac": 0.25},
-    {"burst_at": 9, "burst_iters": 2, "burst_factor": 3.0},
-    {"max_iters": 16, "schedule": "constant"},
-    {"averages": "ema(0.9)", "hold_frac": 0.5},
-)
-
-
-def test_shared_steps_are_those_of_equal_rates(config):
-    """As many steps as the two runs have the same rate for, and none if anything else differs."""
-    for late, other in itertools.permutations(
-        [changed(config, **fields) for fields in ({}, *LATER)], 2
-    ):
-        naive = 0
-        while naive < min(late.max_iters, other.max_iters) and learning_rate(
-            late, naive
-        ) == learning_rate(other, naive):
-            naive += 1
-        assert many_runs.shared_steps(late, other) == (
-            naive if set(other.online) <= set(late.online) else 0
-        )
-    for fields in (
-        {"seed": 9},
-        {"beta2": 0.9},
-        {"ckpt_interval": 4},
-        {"batch_size": 1},
-        {"corpus": "other"},
-    ):
-        assert many_runs.shared_steps(config, changed(config, **fields)) == 0
-
-
-@pytest.mark.parametrize("jobs, links", [(1, True), (3, True), (1, False)])
-def test_what_runs_share_is_trained_once_to_the_same_bits(
-    jobs, links, config, tmp_path, monkeypatch
-):
-    """Runs that begin as another one are, files and all, what they are when trained alone, and the other one is left as it is alone."""
-    if not links:
-        monkeypatch.setattr(
-            os,
-            "link",
-            lambda *names: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")),
-        )
-    monkeypatch.setattr(recipes, "RUNS", tmp_path / "together")
-    trunk = changed(config, averages="ema(0.9); lawa(2, 1)", schedule="constant")
-    runs = [
-        trunk,
-        changed(trunk, averages="", burst_at=9, burst_iters=2, burst_factor=3.0),
-        changed(trunk, averages="ema(0.9)", schedule="wsd", cooldown_frac=0.25),
-        changed(trunk, max_iters=16),
-    ]
-    seen = []
-    monkeypatch.setattr(
-        many_runs,
-        "begin_with",
-        lambda *args, begin=many_runs.begin_with: (seen.append(args[1]), begin(*args)),
-    )
-    folders = many_runs.train_all(runs, jobs=jobs)
-    assert sorted(seen) == [9, 10, 12]
-    for number, (one, folder) in enumerate(zip(runs, folders, strict=True)):
-        assert_same_run(
-            folder, train(one, tmp_path / str(number), threads=max(os.cpu_count() // jobs, 1))
-        )
-
-
-def test_a_trunk_that_fails_leaves_its_branch_to_start_by_itself(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "RUNS", tmp_path)
-    trunk = changed(config, schedule="constant", burst_at=10, burst_iters=2, burst_factor=1e38)
-    branch = changed(config, schedule="constant")
-    assert many_runs.shared_steps(trunk, branch) == 10
-    with pytest.raises(LawaError, match=run_dir(trunk).name):
-        many_runs.train_all([trunk, branch], jobs=1)
-    assert (run_dir(branch) / "summary.json").exists() and not list(tmp_path.rglob("state_*"))
-
-
 # ---- importing, compiling -----------------------------------------------------------------------------------------------------------
 
 IMPORT = """
@@ -1956,7 +1892,7 @@ def hook(event, args):
 sys.addaudithook(hook)
 import torch
 seen.clear()  # what torch does is its own affair
-import model, many_runs
+import model
 heavy = {"transformers", "matplotlib", "jupyter", "tiktoken"} & set(sys.modules)
 print(json.dumps([model.__file__, seen, torch.cuda.is_initialized(), sorted(heavy)]))
 """

@@ -2,34 +2,19 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import reference as ref
 import torch
 from torch import nn
 
-import lawa_core
-from lawa_core import (
-    EMA,
-    LAWA,
-    SWA,
-    LawaError,
-    average,
-    ema,
-    lawa,
-    open_checkpoint,
-    open_trajectory,
-    swa,
-)
+from lawa_core import EMA, LAWA, SWA, LawaError, average, ema, lawa, swa
 
 
 class Net(nn.Module):
-    """Weights, tied weights, a scalar, a frozen matrix, and buffers: integer, boolean, float, and one that is not saved."""
+    """Weights, tied weights, a scalar, a frozen matrix, and buffers: integer, boolean, float, and
+    one that is not saved."""
 
     def __init__(self, dtype=torch.float32, seed=0):
         super().__init__()
@@ -50,7 +35,8 @@ class Net(nn.Module):
 
 
 def walk(net, steps, scale=0.1, seed=1):
-    """Change the model in place step after step, as an optimizer does; yields (step, independent copy of its state)."""
+    """Change the model in place step after step, as an optimizer does; yields (step, independent
+    copy of its state)."""
     rng = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         with torch.no_grad():
@@ -94,7 +80,8 @@ BUILDERS = {
 
 
 def assert_near(kind, got, want):
-    """1 unit in the last place; an EMA is rounded to float32 at every update, so a few units of its largest value."""
+    """1 unit in the last place; an EMA is rounded to float32 at every update, so a few units of its
+    largest value."""
     if kind != "ema":
         return ref.assert_close(got, want)
     assert (
@@ -111,7 +98,8 @@ kinds = pytest.mark.parametrize("kind", list(BUILDERS))
 
 @kinds
 def test_every_fill_of_the_window(kind):
-    """After every step: nothing but the grid counts, a part-full window divides by what it holds, snapshots are copies."""
+    """After every step: nothing but the grid counts, a part-full window divides by what it holds,
+    snapshots are copies."""
     build, weights, every = BUILDERS[kind]
     net = Net()
     online = build(net)
@@ -129,7 +117,8 @@ def test_every_fill_of_the_window(kind):
 
 @kinds
 def test_names_types_and_buffers(kind):
-    """The names of state_dict(), the model's types; integers and booleans from the newest snapshot; ties stay tied."""
+    """The names of state_dict(), the model's types; integers and booleans from the newest snapshot;
+    ties stay tied."""
     net = Net()
     online = BUILDERS[kind][0](net)
     states = follow(online, net, 14)
@@ -194,11 +183,11 @@ def test_the_models_next_step_does_not_reach_the_snapshots():
     ref.assert_close(online.average()["wte.weight"], want["wte.weight"])
 
 
-@pytest.mark.parametrize("folder", [False, True], ids=["memory", "disk"])
-def test_lawa_over_1000_steps_keeps_no_residue(folder, tmp_path):
-    """A huge value and a NaN pass through the window; sums that add and subtract would carry them for ever."""
+def test_lawa_over_1000_steps_keeps_no_residue():
+    """A huge value and a NaN pass through the window; sums that add and subtract would carry them
+    for ever."""
     model = nn.Linear(3, 2, bias=False)
-    online = LAWA(model, k=5, spacing=2, folder=tmp_path if folder else None)
+    online = LAWA(model, k=5, spacing=2)
     last = []
     for step in range(1, 1001):
         with torch.no_grad():
@@ -206,7 +195,7 @@ def test_lawa_over_1000_steps_keeps_no_residue(folder, tmp_path):
         online.update(step)
         if step % 2 == 0:
             last = [*last[-4:], model.weight.detach().clone()]
-            if step > 40 and step % 50 and not folder:
+            if step > 40 and step % 50:
                 continue
             want = ref.weighted_sum(last, [Fraction(1, len(last))] * len(last))
             if not any(torch.isnan(t).any() for t in last):
@@ -366,7 +355,8 @@ def test_swapped_back_after_an_exception(kind, error):
 
 @kinds
 def test_what_happens_inside_does_not_change_the_average(kind):
-    """An evaluation that writes to the model inside (batch norm in train mode, say) spoils neither model nor average."""
+    """An evaluation that writes to the model inside (batch norm in train mode, say) spoils neither
+    model nor average."""
     net = Net()
     online = BUILDERS[kind][0](net)
     follow(online, net, 12)
@@ -380,7 +370,8 @@ def test_what_happens_inside_does_not_change_the_average(kind):
 
 
 def test_training_after_a_swap_is_as_if_it_had_not_been():
-    """AdamW on a real loss, with and without an evaluation under the average at every third step."""
+    """AdamW on a real loss, with and without an evaluation under the average at every third
+    step."""
 
     def train(swap):
         net = Net()
@@ -423,7 +414,8 @@ def test_asked_before_the_first_update(kind):
 @kinds
 @pytest.mark.parametrize("cut", [1, 3, 6, 12, 17])
 def test_resume_equals_an_uninterrupted_run(kind, cut, tmp_path):
-    """State through torch.save and a weights-only load; the window part-full, full, between two grid steps."""
+    """State through torch.save and a weights-only load; the window part-full, full, between two
+    grid steps."""
     build = BUILDERS[kind][0]
     whole = Net()
     online = build(whole)
@@ -475,7 +467,8 @@ def test_a_saved_state_does_not_move_with_the_run(kind):
 
 @pytest.mark.parametrize("k", [2, 5])
 def test_state_of_another_window_width(k):
-    """Refused, or from the first full window on the width that was asked for: never more than k snapshots."""
+    """Refused, or from the first full window on the width that was asked for: never more than k
+    snapshots."""
     net = Net()
     online = LAWA(net, k=3, spacing=1)
     states = follow(online, net, 6)
@@ -508,171 +501,6 @@ def test_state_of_another_kind_or_model_is_refused():
                     pass
 
 
-# ------------------------------------------------------------------ the window on disk
-
-
-def listing(folder):
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_window_on_disk_holds_k_files_and_deletes_nothing_else(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    torch.save({"w": torch.ones(1)}, tmp_path / "ckpt_best.pt")
-    ref.write_safetensors(
-        tmp_path / "ckpt_3.safetensors", {"w": torch.ones(1)}
-    )  # somebody else's, older than the window
-    foreign = ref.digest(tmp_path)
-    net = Net()
-    online = LAWA(net, k=3, spacing=4, folder=tmp_path)
-    for step, _ in walk(net, 24):
-        online.update(step)
-        held = list(range(4, step + 1, 4))[-3:]
-        assert listing(tmp_path) == sorted(
-            [
-                "notes.txt",
-                "ckpt_best.pt",
-                "ckpt_3.safetensors",
-                *(f"ckpt_{s}.safetensors" for s in held),
-            ]
-        )
-    assert {k: v for k, v in ref.digest(tmp_path).items() if k in foreign} == foreign
-
-
-def test_window_on_disk_equals_the_window_in_memory(tmp_path):
-    net = Net()
-    here, there = (
-        LAWA(net, k=3, spacing=4),
-        LAWA(net, k=3, spacing=4, folder=tmp_path / "new" / "window"),
-    )
-    states = {}
-    for step, state in walk(net, 22):
-        here.update(step)
-        there.update(step)
-        states[step] = state
-        if step >= 4:
-            assert ref.state_bits(there.average()) == ref.state_bits(here.average())
-    trajectory = open_trajectory(tmp_path / "new" / "window")
-    assert list(trajectory.steps) == [12, 16, 20]
-    assert ref.bits(trajectory[16]["wte.weight"]) == ref.bits(states[16]["wte.weight"])
-    want = want_average(states, dict.fromkeys([12, 16, 20], Fraction(1, 3)))
-    ref.assert_close(average(trajectory)["wte.weight"], want["wte.weight"])
-
-
-@pytest.mark.parametrize("cut", [3, 5, 13, 16, 18])
-def test_window_on_disk_resumes(cut, tmp_path):
-    """The process is gone, the files are there; the state says which of them are its own."""
-    whole = Net()
-    online = LAWA(whole, k=3, spacing=4)
-    follow(online, whole, 24)
-    first = Net()
-    before = LAWA(first, k=3, spacing=4, folder=tmp_path / "w")
-    follow(before, first, cut)
-    torch.save(before.state_dict(), tmp_path / "resume.pt")
-    assert (tmp_path / "resume.pt").stat().st_size < 20_000
-    (tmp_path / "w").mkdir(exist_ok=True)
-    (tmp_path / "w" / "ckpt_2.safetensors").write_bytes(b"not mine")
-    net = Net()
-    after = LAWA(net, k=3, spacing=4, folder=tmp_path / "w")
-    after.load_state_dict(torch.load(tmp_path / "resume.pt", weights_only=True))
-    for step, _ in walk(net, 24):
-        if step > cut:
-            after.update(step)
-    assert ref.state_bits(after.average()) == ref.state_bits(online.average())
-    assert listing(tmp_path / "w") == [
-        "ckpt_16.safetensors",
-        "ckpt_2.safetensors",
-        "ckpt_20.safetensors",
-        "ckpt_24.safetensors",
-    ]
-
-
-def test_window_on_disk_resumes_in_another_place(tmp_path):
-    """The run folder was moved between the two processes."""
-    net = Net()
-    before = LAWA(net, k=2, spacing=4, folder=tmp_path / "old")
-    follow(before, net, 9)
-    want, state = ref.state_bits(before.average()), before.state_dict()
-    (tmp_path / "old").rename(tmp_path / "new")
-    after = LAWA(net, k=2, spacing=4, folder=tmp_path / "new")
-    after.load_state_dict(state)
-    assert ref.state_bits(after.average()) == want
-    after.update(12)
-    assert listing(tmp_path) == ["new"]
-    assert listing(tmp_path / "new") == ["ckpt_12.safetensors", "ckpt_8.safetensors"]
-
-
-def test_window_on_disk_resumes_from_before_its_newest_file(tmp_path):
-    """Killed after a snapshot but before the resume state was replaced: the steps are replayed over the files."""
-    whole = Net()
-    online = LAWA(whole, k=2, spacing=2)
-    follow(online, whole, 12)
-    net = Net()
-    before = LAWA(net, k=2, spacing=2, folder=tmp_path)
-    for step, _ in walk(net, 9):
-        before.update(step)
-        if step == 7:
-            state = copy.deepcopy(before.state_dict())  # the snapshot of step 8 comes after it
-    assert listing(tmp_path) == ["ckpt_6.safetensors", "ckpt_8.safetensors"]
-    again = Net()
-    after = LAWA(again, k=2, spacing=2, folder=tmp_path)
-    try:
-        after.load_state_dict(state)
-    except LawaError as error:  # ckpt_4 is gone: said clearly, or not needed
-        assert "4" in str(error)
-        return
-    for step, _ in walk(again, 12):
-        if step > 7:
-            after.update(step)
-    assert ref.state_bits(after.average()) == ref.state_bits(online.average())
-    assert listing(tmp_path) == ["ckpt_10.safetensors", "ckpt_12.safetensors"]
-
-
-def test_window_on_disk_with_a_file_gone(tmp_path):
-    net = Net()
-    online = LAWA(net, k=3, spacing=4, folder=tmp_path)
-    follow(online, net, 12)
-    os.remove(tmp_path / "ckpt_8.safetensors")
-    with pytest.raises(LawaError, match="ckpt_8"):
-        online.average()
-
-
-def test_window_on_disk_does_not_fill_memory(tmp_path):
-    """12 snapshots of 8 MB: the window alone would take 96."""
-    code = (
-        ref.WATCH
-        + f"""
-import torch, lawa_core
-model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(8)))
-online = lawa_core.LAWA(model, k=12, spacing=1, folder={str(tmp_path)!r})
-def work():
-    for step in range(1, 21):
-        with torch.no_grad():
-            for p in model.parameters(): p.fill_(float(step))
-        online.update(step)
-    return online.average()["3.weight"].unique().tolist()
-print(*measured(work))
-"""
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(lawa_core.__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
-    peak, mean = done.stdout.split(maxsplit=1)
-    assert float(peak) < 50 and mean.strip() == "[14.5]"
-
-
-def test_snapshots_on_disk_are_whole_checkpoints(tmp_path):
-    net = Net()
-    online = LAWA(net, k=2, spacing=4, folder=tmp_path)
-    states = follow(online, net, 9)
-    got = open_checkpoint(tmp_path / "ckpt_8.safetensors")
-    for name in ("wte.weight", "scale", "frozen", "seen", "mask", "running"):
-        assert ref.bits(got[name]) == ref.bits(states[8][name])
-
-
 # ------------------------------------------------------------------ wrapped models
 
 
@@ -703,7 +531,8 @@ WRAPPERS = {
 @kinds
 @pytest.mark.parametrize("wrapper", list(WRAPPERS))
 def test_wrapped_models(wrapper, kind, group, tmp_path):
-    """The same names and bits as for the bare model; swapping acts on what the wrapper calls; a state moves between them."""
+    """The same names and bits as for the bare model; swapping acts on what the wrapper calls; a
+    state moves between them."""
     build = BUILDERS[kind][0]
     bare, inner = Net(), Net()
     model = WRAPPERS[wrapper](inner)

@@ -1,9 +1,10 @@
-"""Pythia: GPT-NeoX in the GPT class, Hugging Face folders both ways, trajectories from the Hub, and replays of them."""
+"""Pythia: GPT-NeoX in the GPT class, Hugging Face folders both ways, the Hub, and replays."""
 
 import errno
 import functools
 import json
 import os
+import shutil
 import sys
 import time
 import tracemalloc
@@ -16,16 +17,16 @@ import torch.nn.functional as F
 from hub_stand_in import Fault, Hub
 
 import lawa_core
-import lawa_hub
 import model
-import pythia
-from corpora import ROOT
-from gpt import GPT, NEOX, PRESETS, GPTConfig, fill, load_hf, preset, save_hf, write_hf
+from lab import hub as lab_hub, replay
+from lab.hf import load_hf, load_state, save_hf, write_hf
 from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
+from model import GPT, NEOX, PRESETS, ROOT, GPTConfig, gpt_config
 
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 SIZES = [name for name in PRESETS if name.startswith("pythia")]
-# By the models' config.json on the Hub: layers, width, heads, vocabulary; and all parameters (arXiv 2304.01373, table 1).
+# By the models' config.json on the Hub: layers, width, heads, vocabulary; and all parameters
+# (arXiv 2304.01373, table 1).
 PUBLISHED = {
     "pythia-70m": (6, 512, 8, 50304, 70_426_624),
     "pythia-160m": (12, 768, 12, 50304, 162_322_944),
@@ -59,7 +60,10 @@ def theirs(folder):
 
 
 def spread(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model whose every parameter matters: biases and norms are random, and weights large enough that attention is not flat."""
+    """A model whose every parameter matters.
+
+    Biases and norms are random, and weights large enough that attention is not flat.
+    """
     gpt, generator = GPT(config, seed).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in gpt.parameters():
@@ -82,13 +86,13 @@ def same_logits(ours: GPT, folder, idx, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
-# ---- GPT-NeoX -----------------------------------------------------------------------------------------------------------------------
+# ---- GPT-NeoX ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_presets_are_the_published_shapes(name):
     with torch.device("meta"):
-        gpt = GPT(preset(f"{name}-deduped", 50_277))  # the tokenizer's size; the presets pad it
+        gpt = GPT(gpt_config(f"{name}-deduped", 50_277))  # the tokenizer's size; the presets pad it
     c = gpt.config
     assert (c.n_layer, c.n_embd, c.n_head, c.vocab_size, gpt.size()) == PUBLISHED[name]
     assert c.block_size == 2048 and c.rotary_width == c.n_embd // c.n_head // 4
@@ -103,13 +107,13 @@ def test_logits_equal_transformers_for_every_shape_family(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["pythia-70m", "pythia-160m"])
 def test_logits_equal_transformers_at_full_size(tmp_path, name):
-    gpt = spread(preset(name, 50_277))
+    gpt = spread(gpt_config(name, 50_277))
     save_hf(tmp_path, gpt.config, gpt.state_dict())
     same_logits(gpt, tmp_path, tokens(gpt.config, 64, 1))
 
 
 def test_gpt2_folders_still_equal_transformers(tmp_path):
-    gpt = spread(preset("nano", 200))
+    gpt = spread(gpt_config("nano", 200))
     save_hf(tmp_path, gpt.config, gpt.state_dict())
     same_logits(gpt, tmp_path, tokens(gpt.config))
     torch.testing.assert_close(load_hf(tmp_path)(tokens(gpt.config))[0], gpt(tokens(gpt.config))[0])
@@ -159,7 +163,7 @@ def test_folders_of_transformers_load(tmp_path, layout):
 
 
 def test_save_and_load_return_the_same_bits(tmp_path):
-    gpt = spread(preset("neox-nano", 200))
+    gpt = spread(gpt_config("neox-nano", 200))
     save_hf(tmp_path, gpt.config, gpt.state_dict())
     back = load_hf(tmp_path)
     assert back.config == gpt.config and all(
@@ -168,7 +172,7 @@ def test_save_and_load_return_the_same_bits(tmp_path):
 
 
 def test_folder_averaged_here_gives_the_same_logits_there(tmp_path):
-    config = preset("neox-nano", 200)
+    config = gpt_config("neox-nano", 200)
     for step in (1, 2, 3):
         save_hf(tmp_path / f"step{step}", config, spread(config, step).state_dict())
     mean = average(tmp_path, lawa(3))
@@ -198,7 +202,7 @@ def test_folder_averaged_here_gives_the_same_logits_there(tmp_path):
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path, change, message):
-    gpt = GPT(preset("neox-nano", 200))
+    gpt = GPT(gpt_config("neox-nano", 200))
     save_hf(tmp_path, gpt.config, gpt.state_dict())
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads((tmp_path / "config.json").read_text()) | change)
@@ -227,7 +231,7 @@ def test_rotary_width_must_be_even():
 
 
 @pytest.mark.parametrize(
-    "config", [preset("nano", 500), preset("neox-nano", 500)], ids=["gpt2", "neox"]
+    "config", [gpt_config("nano", 500), gpt_config("neox-nano", 500)], ids=["gpt2", "neox"]
 )
 def test_losses_in_pieces_are_the_losses(config):
     gpt, idx = spread(config), tokens(config, 41)
@@ -240,8 +244,8 @@ def test_losses_in_pieces_are_the_losses(config):
 
 
 def test_a_gpt2_keeps_its_weights_and_logits():
-    """The golden sum of logits of the smallest GPT-2 preset: if it moves, GPT-NeoX has changed GPT-2's path."""
-    gpt = GPT(preset("nano", 256), seed=3)
+    """The golden sum of logits of a small GPT-2: if it moves, GPT-NeoX has changed its path."""
+    gpt = GPT(gpt_config("nano", 256), seed=3)
     assert (
         list(dict(gpt.named_children())) == ["wte", "wpe", "h", "ln_f"]
         and gpt.head is gpt.wte.weight
@@ -250,7 +254,7 @@ def test_a_gpt2_keeps_its_weights_and_logits():
     assert abs(logits.square().mean().item() - 0.027437265819762302) < 1e-9
 
 
-# ---- The Hub ------------------------------------------------------------------------------------------------------------------------
+# ---- The Hub -------------------------------------------------------------------------------------
 
 REPO, STEPS = "EleutherAI/pythia-nano", (0, 10, 20, 30, 40)
 CONFIG = GPTConfig(2, 4, 32, 32, 64, **NEOX)
@@ -259,7 +263,10 @@ CONFIG = GPTConfig(2, 4, 32, 32, 64, **NEOX)
 def revision(
     folder, step: int, layout: str = "single", buffers: bool = False, seed: int | None = None
 ):
-    """A GPT-NeoX folder in float16 as the Hub has them: "single", "bin", "both", or that many shards; with or without buffers."""
+    """A GPT-NeoX folder in float16 as the Hub has them, with or without buffers.
+
+    layout: "single", "bin", "both", or that many shards.
+    """
     save_hf(
         folder,
         CONFIG,
@@ -315,7 +322,7 @@ def hub(branches):
 
 
 def opened(hub, tmp_path, *args, **options):
-    return lawa_hub.open_hub(
+    return lab_hub.open_hub(
         REPO, *args, folder=tmp_path / "cache", endpoint=hub.url, **{"token": False} | options
     )
 
@@ -338,11 +345,14 @@ SCHEMES = {"run": newest(), "lawa": lawa(3, 10), "ema": ema(0.5)}
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["window in memory", "window on disk"])
 def test_every_layout_with_and_without_buffers_averages_by_name(hub, tmp_path, on_disk):
-    """uint8 masks, -inf fill values, .bin beside safetensors, shard borders that differ: the average is that of the weights."""
+    """The average is that of the weights.
+
+    There are uint8 masks, -inf fill values, .bin beside safetensors, shard borders that differ.
+    """
     models = {step: GPT(CONFIG, step) for step in STEPS}
     for step in STEPS:
-        fill(models[step], open_checkpoint(tmp_path / "made" / f"step{step}"))
-    for step, name, state in lawa_core.stream(opened(hub, tmp_path), SCHEMES, on_disk=on_disk):
+        load_state(models[step], open_checkpoint(tmp_path / "made" / f"step{step}"))
+    for step, name, state in lawa_core.sweep(opened(hub, tmp_path), SCHEMES, on_disk=on_disk):
         assert not any(
             "masked" in tensor or tensor.endswith(("attention.bias", "inv_freq"))
             for tensor in state
@@ -352,33 +362,43 @@ def test_every_layout_with_and_without_buffers_averages_by_name(hub, tmp_path, o
             n: sum(w * models[s].state_dict()[n].double() for s, w in weights.items())
             for n in models[0].state_dict()
         }
-        for n, tensor in fill(GPT(CONFIG), state).state_dict().items():
+        for n, tensor in load_state(GPT(CONFIG), state).state_dict().items():
             torch.testing.assert_close(
                 tensor.double(), expected[n], rtol=2**-10, atol=1e-6
             )  # one rounding to float16
 
 
+def wait_for(path) -> None:
+    """Until a file is there; a minute at most."""
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come")
+
+
 @pytest.mark.parametrize("on_disk", [False, True], ids=["window in memory", "window on disk"])
 def test_one_copy_is_fetched_the_next_meanwhile_and_the_disk_is_bounded(hub, tmp_path, on_disk):
     trajectory, most = opened(hub, tmp_path), 0
-    plan = trajectory.plan(SCHEMES | {"ema": newest()}, on_disk=on_disk, rate=1e6)
-    for step, name, _ in lawa_core.stream(trajectory, SCHEMES | {"ema": newest()}, on_disk=on_disk):
+    schemes = SCHEMES | {"ema": newest()}
+    plan = trajectory.plan(schemes, on_disk=on_disk, rate=1e6)
+    folders = {step: tmp_path / "cache" / f"step{step}" for step in STEPS}
+    for step, name, _ in lawa_core.sweep(trajectory, schemes, on_disk=on_disk):
         following = STEPS.index(step) + 1
         if name == "run" and following < len(STEPS):
-            trajectory.pending[STEPS[following]].result(timeout=30)  # under way before anyone asked
-        most = max(most, sum(trajectory.nbytes(s) for s in STEPS if trajectory.sources[s].exists()))
+            for name in trajectory.revisions[STEPS[following]][1]:  # under way before anyone asked
+                wait_for(folders[STEPS[following]] / name)
+        most = max(most, sum(trajectory.nbytes(s) for s in STEPS if folders[s].exists()))
     assert weights_sent(hub) == sum(
         sum(file.size for name, file in files.items() if not name.endswith(".json"))
         for _, files in trajectory.revisions.values()
     )
     assert (
-        plan["fetch_bytes"] == trajectory.fetched == sum(map(trajectory.nbytes, STEPS))
+        plan["fetch_bytes"] == sum(hub.sent.values()) == sum(map(trajectory.nbytes, STEPS))
         and plan["revisions"] == 5
     )
     assert plan["hours"] == plan["fetch_bytes"] / 1e6 / 3600
-    assert most <= plan["disk_bytes"] and not any(
-        path.exists() for path in trajectory.sources.values()
-    )
+    assert most <= plan["disk_bytes"] and not any(path.exists() for path in folders.values())
     held = 4 if on_disk else 2  # k + 1 copies, or the one being read and the next
     assert plan["disk_bytes"] <= held * max(map(trajectory.nbytes, STEPS))
     assert not open_deleted(tmp_path)  # they would keep the disk full
@@ -396,16 +416,16 @@ def open_deleted(folder) -> list[str]:
 
 
 def test_memory_is_the_window(tmp_path):
-    """No more than k checkpoints and two tensors at a time, though the average itself is one more."""
+    """No more than k checkpoints, the average, and two tensors at a time."""
     for step in range(1, 6):
         save(
             tmp_path / f"ckpt_{step}.safetensors",
             {f"layer{i}": torch.full((1 << 18,), float(step + i)) for i in range(32)},
         )
     one, tensor, k = 32 << 20, 1 << 20, 3
-    for on_disk, most in ((False, k * one + 2 * tensor), (True, one + 2 * tensor)):
+    for on_disk, most in ((False, (k + 1) * one + 2 * tensor), (True, one + 2 * tensor)):
         tracemalloc.start()
-        for _, _, state in lawa_core.stream(
+        for _, _, state in lawa_core.sweep(
             tmp_path, {"run": newest(), "lawa": lawa(k, 1)}, on_disk=on_disk
         ):
             del state
@@ -423,15 +443,15 @@ def test_a_checkpoint_with_nan_is_named(tmp_path, on_disk):
             {"w": torch.full((5,), float("nan") if step == 2 else float(step))},
         )
     with pytest.raises(LawaError, match=r"ckpt_2.safetensors: w holds NaN or Inf") as error:
-        list(lawa_core.stream(tmp_path, {"lawa": lawa(3, 1)}, [3], on_disk))
+        list(lawa_core.sweep(tmp_path, {"lawa": lawa(3, 1)}, [3], on_disk=on_disk))
     assert "ckpt_1" not in str(error.value) and "ckpt_3" not in str(error.value)
 
 
-def test_stream_equals_sweep_to_the_bit(tmp_path, branches):
+def test_a_window_in_memory_or_on_disk_gives_the_same_bits(tmp_path, branches):
     for on_disk in (False, True):
         streamed = {
             (step, name): {n: t.clone() for n, t in state.items()}
-            for step, name, state in lawa_core.stream(
+            for step, name, state in lawa_core.sweep(
                 tmp_path / "made", {"run": newest(), "lawa": lawa(3, 10)}, on_disk=on_disk
             )
         }
@@ -464,7 +484,8 @@ def test_duplicated_revisions_are_refused_before_anything_is_fetched(tmp_path, s
             opened(hub, tmp_path, steps)
         assert not hub.sent and not any("resolve" in request for request in hub.log)
         trajectory = opened(hub, tmp_path, steps, allow=["duplicates"])
-        assert len(list(lawa_core.stream(trajectory, {"run": newest()}))) == len(steps)
+        states = list(lawa_core.sweep(trajectory, {"run": newest()}, on_disk=False))
+        assert len(states) == len(steps)
 
 
 def test_a_shard_of_another_revision_is_refused(tmp_path):
@@ -488,12 +509,22 @@ def test_the_same_weights_in_another_format_are_refused_once_read(tmp_path):
     with Hub({REPO: made}) as hub:
         trajectory = opened(hub, tmp_path)  # their sha256 differ
         with pytest.raises(LawaError, match=r"steps 1 and 2 of .* hold identical weights"):
-            list(lawa_core.stream(trajectory, {"run": newest()}))
+            list(lawa_core.sweep(trajectory, {"run": newest()}, on_disk=False))
+
+
+def test_what_cannot_be_fetched_ahead_fails_when_its_turn_comes(hub, tmp_path, no_waiting):
+    trajectory, passed = opened(hub, tmp_path), []
+    commit, _ = trajectory.revisions[20]
+    hub.faults.append(Fault(f"HEAD .*{commit}", 503, 99))
+    with pytest.raises(LawaError, match=r"step20: the Hub cannot be reached \(503\)"):
+        for step, _, _ in lawa_core.sweep(trajectory, {"run": newest()}, on_disk=False):
+            passed.append(step)
+    assert passed == [0, 10]
 
 
 def test_main_holds_both_formats_but_one_is_fetched(hub, tmp_path):
     trajectory = opened(hub, tmp_path, [40])
-    list(lawa_core.stream(trajectory, {"run": newest()}))
+    list(lawa_core.sweep(trajectory, {"run": newest()}, on_disk=False))
     assert set(hub.sent) == {"config.json", "model.safetensors"}
 
 
@@ -527,7 +558,8 @@ def test_a_missing_shard_is_named_before_anything_is_fetched(tmp_path, branches,
     [
         (
             Fault("HEAD .*resolve", 404, 9),
-            "step30: a file it lists is missing on the Hub; what is fetched is kept, run again to go on",
+            "step30: a file it lists is missing on the Hub; what is fetched is kept, "
+            "run again to go on",
         ),
         (Fault("HEAD .*resolve", 401, 9), "step30: no such model, or it needs a token"),
         (Fault("HEAD .*resolve", 403, 9), "step30: no such model, or it needs a token"),
@@ -561,7 +593,7 @@ def test_a_cut_connection_goes_on_where_it_was(hub, tmp_path, no_waiting, monkey
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.faults.append(Fault("GET /[0-9a-f]{64}", "cut"))
     trajectory = opened(hub, tmp_path, [0])
-    list(lawa_core.stream(trajectory, {"run": newest()}))
+    list(lawa_core.sweep(trajectory, {"run": newest()}, on_disk=False))
     assert (
         weights_sent(hub) - trajectory.revisions[0][1]["model.safetensors"].size < 1000
     )  # by a range request, less than a chunk twice
@@ -603,29 +635,26 @@ def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waitin
 def test_listing_fails_in_one_line(hub, no_waiting, repo, steps, fault, said):
     hub.faults += [fault] if fault else []
     with pytest.raises(LawaError, match=said):
-        lawa_hub.open_hub(repo, steps, endpoint=hub.url, token=False)
+        lab_hub.open_hub(repo, steps, endpoint=hub.url, token=False)
 
 
 def test_no_server_at_all(tmp_path):
     with pytest.raises(LawaError, match=f"{REPO}: the Hub cannot be reached"):
-        lawa_hub.open_hub(REPO, endpoint="http://127.0.0.1:9", token=False)
+        lab_hub.open_hub(REPO, endpoint="http://127.0.0.1:9", token=False)
 
 
 def test_a_token_is_sent_to_the_hub_and_not_beyond(branches, tmp_path):
     with Hub({REPO: branches}, token="hf_test") as hub:
         with pytest.raises(LawaError, match="needs a token"):
             opened(hub, tmp_path)
-        assert (
-            len(list(lawa_core.stream(opened(hub, tmp_path, token="hf_test"), {"run": newest()})))
-            == 5
-        )  # its storage refuses tokens
+        trajectory = opened(hub, tmp_path, token="hf_test")
+        states = list(lawa_core.sweep(trajectory, {"run": newest()}, on_disk=False))
+        assert len(states) == 5  # its storage refuses tokens
 
 
 def test_a_full_disk(hub, tmp_path, monkeypatch):
     trajectory = opened(hub, tmp_path)
-    monkeypatch.setattr(
-        lawa_core.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(
         LawaError,
         match=r"step0 takes 0.00 GB, .*cache has 0.00 GB left; free some, or choose another folder",
@@ -659,7 +688,7 @@ def test_code_in_a_bin_is_not_run(tmp_path):
         Hub({REPO: made}) as hub,
         pytest.raises(LawaError, match=r"step2/pytorch_model.bin: refused, it holds .*mkdir"),
     ):
-        list(lawa_core.stream(opened(hub, tmp_path), {"run": newest()}))
+        list(lawa_core.sweep(opened(hub, tmp_path), {"run": newest()}, on_disk=False))
     assert not (tmp_path / "ran").exists()
 
 
@@ -668,7 +697,7 @@ def test_without_the_client(monkeypatch):
     with pytest.raises(
         LawaError, match=r"the Hub needs huggingface_hub: pip install \"lawa-lab\[hub\]\""
     ):
-        lawa_hub.open_hub(REPO)
+        lab_hub.open_hub(REPO)
 
 
 def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
@@ -678,15 +707,15 @@ def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
 
 def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, capsys):
     local = {"folder": tmp_path / "cache", "endpoint": hub.url, "token": False}
-    monkeypatch.setattr(lawa_hub, "open_hub", functools.partial(lawa_hub.open_hub, **local))
+    monkeypatch.setitem(lawa_core.SOURCES, "hub", functools.partial(lab_hub.open_hub, **local))
     assert lawa_core.open_trajectory(f"hub:{REPO}@10:40:10").steps == [10, 20, 30, 40]
-    assert lawa_core.main(["average", f"hub:{REPO}@20:40:10", "-o", str(tmp_path / "out")]) == 0
+    assert lab_hub.main(["average", f"hub:{REPO}@20:40:10", "-o", str(tmp_path / "out")]) == 0
     same_logits(load_hf(tmp_path / "out"), tmp_path / "out", tokens(CONFIG, 20))
-    assert lawa_core.main(["average", f"hub:{REPO}@20:45:5", "-o", str(tmp_path / "out2")]) == 2
+    assert lab_hub.main(["average", f"hub:{REPO}@20:45:5", "-o", str(tmp_path / "out2")]) == 2
     assert "no revision step25, step35, step45" in capsys.readouterr().err
 
 
-# ---- Replays ------------------------------------------------------------------------------------------------------------------------
+# ---- Replays -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -723,7 +752,7 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
             kept[label] = tmp_path / label
             write_hf(kept[label], state, json.loads((like / "config.json").read_text()), like)
 
-    rows = pythia.replay(
+    rows = replay.replay(
         trajectory, {"lawa": lawa(3, 10)}, corpus, n_blocks=8, each=each, device="cpu"
     )
     assert [(row["step"], row["scheme"]) for row in rows] == [
@@ -731,7 +760,8 @@ def test_replay_is_what_each_average_gives_by_itself(hub, tmp_path, corpus, sour
     ]
     losses = {}
     for row in rows:
-        gpt = fill(GPT(CONFIG), average(tmp_path / "made", SCHEMES[row["scheme"]], row["step"]))
+        state = average(tmp_path / "made", SCHEMES[row["scheme"]], row["step"])
+        gpt = load_state(GPT(CONFIG), state)
         losses[row["scheme"]] = model.evaluate(gpt, corpus, 8)
         assert (
             abs(row["loss"] - losses[row["scheme"]].mean()) < 1e-9
@@ -754,15 +784,17 @@ def test_text_in_other_tokens_is_refused(hub, tmp_path, corpus, change):
     corpus.meta.update(change)
     with pytest.raises(
         LawaError,
-        match=r"noise is not in this model's tokens; prepare the text again with --tokenizer .*tokenizer.json",
+        match=r"noise is not in this model's tokens; "
+        r"prepare the text again with --tokenizer .*tokenizer.json",
     ):
-        pythia.replay(opened(hub, tmp_path), {}, corpus, n_blocks=2, device="cpu")
+        replay.replay(opened(hub, tmp_path), {}, corpus, n_blocks=2, device="cpu")
     assert not weights_sent(hub)
 
 
 def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
     def stop(step, label, state):
-        if step == 30:
+        """While the run itself is evaluated at step 30: what came before is finished."""
+        if step == 30 and label == "lawa":
             raise KeyboardInterrupt
 
     arguments = {
@@ -773,18 +805,18 @@ def test_an_interrupted_replay_goes_on_where_it_was(hub, tmp_path, corpus):
         "cache": tmp_path / "rows.csv",
     }
     with pytest.raises(KeyboardInterrupt):
-        pythia.replay(opened(hub, tmp_path), each=stop, **arguments)
+        replay.replay(opened(hub, tmp_path), each=stop, **arguments)
     hub.sent.clear()
-    rows = pythia.replay(opened(hub, tmp_path), **arguments)
+    rows = replay.replay(opened(hub, tmp_path), **arguments)
     assert len(rows) == 10 and not any(
         name in hub.sent for name in ("pytorch_model.bin",)
     )  # step 10's: no longer needed
     hub.sent.clear()
-    assert pythia.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
-    assert pythia.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
+    assert replay.replay(opened(hub, tmp_path), **arguments) == rows and not weights_sent(hub)
+    assert replay.replay(opened(hub, tmp_path), **arguments | {"cache": None}) == rows
 
 
-# ---- Zero-shot and the notebook -----------------------------------------------------------------------------------------------------
+# ---- Zero-shot and the notebook ------------------------------------------------------------------
 
 WORDS = [
     "<unk>",
@@ -852,7 +884,7 @@ doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
-    (row,) = pythia.zero_shot(
+    (row,) = replay.zero_shot(
         tmp_path / "hf",
         ["toy"],
         task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
@@ -875,11 +907,11 @@ def test_zero_shot_without_the_harness(monkeypatch, tmp_path):
     with pytest.raises(
         LawaError, match=r"zero-shot tasks need lm_eval: pip install \"lawa-lab\[zeroshot\]\""
     ):
-        pythia.zero_shot(tmp_path, ["sciq"])
+        replay.zero_shot(tmp_path, ["sciq"])
 
 
 def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):
-    """The path that Pythia itself takes: listed, planned, fetched, averaged, drawn, recorded; nothing is trained."""
+    """Pythia's own path: listed, planned, fetched, averaged, drawn, recorded; nothing trained."""
     papermill = pytest.importorskip("papermill")
     parameters = {
         "model": REPO,

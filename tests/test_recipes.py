@@ -88,7 +88,8 @@ def hf_trainer(folder, model, callback, max_steps):
 
 
 def test_hugging_face_trainer(tmp_path):
-    """Online equals the mean of the folders the Trainer saved; evaluation sees it; resumed in the middle equals uninterrupted."""
+    """Online equals the mean of the folders the Trainer saved; evaluation sees it; resumed in the
+    middle equals uninterrupted."""
     pytest.importorskip("accelerate")
     callback = recipe("Hugging Face Trainer")["Averaging"]
 

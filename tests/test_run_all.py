@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN_ALL = (ROOT / "run_all.sh").read_text()
 ACTIVE = {k: v for k, v in os.environ.items() if k != "CONDA_PREFIX"} | {"VIRTUAL_ENV": sys.prefix}
 NOT_ACTIVE = {k: v for k, v in ACTIVE.items() if k != "VIRTUAL_ENV"}
 
@@ -48,28 +48,19 @@ def add_notebook(project, name, code, parameters=PARAMETERS):
 
 
 def make_project(folder):
-    """The real run_all.sh and pages.py among stubs; what pyproject.toml asks for is there, so that pip is not called."""
-    for inner in ("notebooks", "data/stdlib", "tests"):
+    """The real run_all.sh, report and lawa_core.py among stubs.
+
+    What pyproject.toml asks for is there, so that pip is not called.
+    """
+    for inner in ("notebooks", "data/stdlib", "tests", "lab"):
         (folder / inner).mkdir(parents=True)
-    for name in ("run_all.sh", "pages.py"):
+    for name in ("run_all.sh", "lawa_core.py", "lab/report.py", "lab/report.html"):
         shutil.copy(ROOT / name, folder / name)
-    for name in (
-        "lawa_core",
-        "lawa_files",
-        "lawa_mix",
-        "lawa_schemes",
-        "lawa_hub",
-        "gpt",
-        "corpora",
-        "recipes",
-        "model",
-        "many_runs",
-        "pythia",
-        "lab",
-    ):
-        (folder / f"{name}.py").write_text("")
+    for name in ("model.py", "lab/__init__.py"):
+        (folder / name).write_text("")
     (folder / "constraints.txt").write_text("")
-    extras = 'optional-dependencies = {notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
+    extras = '{notebooks = ["papermill>=2"], test = ["stub[notebooks]", "pytest"]}'
+    extras = f"optional-dependencies = {extras}"
     (folder / "pyproject.toml").write_text(
         f'[project]\nname = "stub"\ndependencies = []\n{extras}\n'
     )
@@ -78,20 +69,29 @@ def make_project(folder):
     return folder
 
 
-def test_a_notebook_is_run_again_when_any_module_that_it_can_use_changes():
-    """run_all.sh lists them; the command line and the pages take no part in a notebook."""
-    listed = re.search(
-        r'cat "notebooks/\$1\.ipynb" (.*?) data/', (ROOT / "run_all.sh").read_text()
-    )[1]
-    files = subprocess.run(
-        ["bash", "-c", f"echo {listed}"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "py-modules"
-    ]
-    assert sorted(files) == sorted(
-        f"{name}.py" for name in modules if name not in ("lawa_cli", "pages")
-    )
+def stamp(folder, name="good", scale="laptop"):
+    """What run_all.sh notes of all that the notebook's result depends on."""
+    parts = re.findall(r"^(?:hash256|stamp_of)\(\) .*?^}", RUN_ALL, re.MULTILINE | re.DOTALL)
+    script = "\n".join((f"scale={scale}", *parts, f"stamp_of {name}"))
+    shell = ["bash", "-c", script]
+    return subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_notebook_is_run_again_when_anything_that_it_can_use_changes(tmp_path):
+    """Every module of the project, also one that is new; the notebook, the corpus, the scale."""
+    project = make_project(tmp_path / "a lab")
+    (project / "data/stdlib/meta.json").write_text("{}")
+    modules = [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]
+    seen = [stamp(project), stamp(project, scale="smoke")]
+    names = [path.relative_to(ROOT) for path in modules]
+    for name in (*names, "notebooks/good.ipynb", "data/stdlib/meta.json", "lab/new.py"):
+        with open(project / name, "a") as file:
+            file.write("# changed\n")
+        seen.append(stamp(project))
+    assert len(names) >= 7 and len(set(seen)) == len(seen)
+    (project / "lab/report.html").write_text("only how results are shown")
+    add_notebook(project, "other", "pass")
+    assert stamp(project) == seen[-1]
 
 
 def command(project, *args, env=ACTIVE, cwd="/"):
@@ -181,7 +181,7 @@ def test_finished_work_is_not_redone_until_something_changes(project, first):
         and executed.read_bytes() == before
     )
 
-    (project / "lab.py").write_text("# changed\n")
+    (project / "lab/__init__.py").write_text("# changed\n")
     failed = command(project, "--only", "good", "--scale", "enormous")
     assert failed.returncode == 1 and table(failed) == {"good": "FAILED"}
     assert "AssertionError: unknown scale enormous" in failed.stdout
@@ -259,10 +259,13 @@ def test_test_mode_runs_all_three_and_fails_if_one_did(tmp_path):
 
 
 FAKE_PYTHON = """#!/bin/bash
-# Stands for python3, pip and papermill: notes its arguments; `-m venv` makes an environment, papermill a copy.
+# Stands for python3, pip and papermill: notes its arguments; `-m venv` makes an environment,
+# papermill a copy.
 echo "$*" >>"$CALLS"
 case "$*" in
-  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python3" && touch "$3/bin/pip" && chmod +x "$3/bin/pip" ;;
+  "-m venv "*)
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python3" && touch "$3/bin/pip" && chmod +x "$3/bin/pip"
+    ;;
   "-m papermill "*) cp "$3" "$4" ;;
 esac
 """

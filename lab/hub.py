@@ -1,0 +1,313 @@
+"""Models on the Hugging Face Hub as trajectories: revisions step<N>, fetched one by one and let go.
+
+huggingface_hub fetches and retries. Added here: which files make one whole copy of the weights,
+which revisions cannot be right, what a job takes, and a bounded disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import lawa_core
+from lawa_core import Checkpoint, JobFailed, LawaError, Trajectory
+
+# The weights as one file, or as shards (number, count) with an index; the first that is whole.
+LAYOUTS = (
+    ("model.safetensors", r"model-(\d+)-of-(\d+)\.safetensors"),
+    ("pytorch_model.bin", r"pytorch_model-(\d+)-of-(\d+)\.bin"),
+)
+
+
+def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False, token=None,
+             endpoint: str | None = None) -> HubTrajectory:
+    """The revisions step<N> of a model. Lists their files and compares them; fetches nothing yet.
+
+    Args:
+        repo: "EleutherAI/pythia-1b-deduped", or with "@START:STOP:STRIDE" instead of `steps`.
+        steps: default all there are.
+        folder: where step folders are fetched to, and removed from after use; default
+            ~/.cache/lawa/NAME.
+        allow: "duplicates" takes revisions that share files.
+        keep: files stay after use.
+        token: default the one you are logged in with; endpoint: another server than huggingface.co.
+
+    Errors: LawaError for a missing revision, shard or token, a Hub that cannot be reached,
+    revisions with the same weights. Needs huggingface_hub.
+    """
+    repo, _, text = repo.partition("@")
+    commits = {}
+    with _one_line(repo):
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=endpoint, token=token)
+        for ref in api.list_repo_refs(repo).branches:
+            if re.fullmatch(r"step\d+", ref.name):
+                commits[int(ref.name[4:])] = ref.target_commit
+    if text:
+        steps = span(text)
+    steps = sorted(commits if steps is None else set(steps))
+    missing = [f"step{step}" for step in steps if step not in commits]
+    if missing or not steps:
+        raise LawaError(f"{repo} has no revision {_some(missing) or 'named step<N>'}; "
+                        f"there are {_some(sorted(commits)) or 'none'}")
+
+    def list_files(step):
+        with _one_line(f"{repo} step{step}"):
+            listing = list(api.list_repo_tree(repo, revision=commits[step]))
+        return _one_copy(f"{repo} step{step}", {file.path: file for file in listing})
+
+    with ThreadPoolExecutor(8) as pool:
+        files = dict(zip(steps, pool.map(list_files, steps), strict=True))
+    twins = _twins(files)
+    if twins and "duplicates" not in allow:
+        raise LawaError(f"{repo}: {'; '.join(twins)}; these are wrong uploads: "
+                        "leave out steps, or allow duplicates")
+    revisions = {step: (commits[step], files[step]) for step in steps}
+    return HubTrajectory(repo, revisions, folder, allow=allow, keep=keep, api=api)
+
+
+def span(text: str) -> range:
+    """The steps that "START:STOP:STRIDE" (or with commas) writes, both ends included."""
+    try:
+        start, stop, stride = map(int, re.split("[:,]", text))
+        return range(start, stop + 1, stride)
+    except ValueError:
+        raise LawaError("steps must be START:STOP:STRIDE, such as 103000:143000:1000, "
+                        f"got {text!r}") from None
+
+
+def _some(items) -> str:
+    """A list in an error's one line: all of it, or its ends."""
+    if len(items) > 6:
+        items = [*items[:3], "...", f"{items[-1]} ({len(items)} in all)"]
+    return ", ".join(map(str, items))
+
+
+def _one_copy(revision: str, files: Mapping[str, object]) -> dict[str, object]:
+    """Of {name: the Hub's record}, config.json and the files of one whole copy of the weights."""
+    lacking = []
+    for single, pattern in LAYOUTS:
+        names = [single]
+        if single not in files:
+            shards = [found for found in (re.fullmatch(pattern, name) for name in files) if found]
+            numbers = {int(shard[1]) for shard in shards}
+            count = max((int(shard[2]) for shard in shards), default=0)
+            index = f"{single}.index.json"
+            names = [index, *sorted(shard[0] for shard in shards)]
+            gone = [f"shard {n} of {single}" for n in range(1, count + 1) if n not in numbers]
+            if shards and index not in files:
+                gone.append(index)
+            lacking += gone
+            if gone or not shards:
+                continue
+        if "config.json" in files:
+            names.insert(0, "config.json")
+        return {name: files[name] for name in names}
+    lacking = lacking or ["weights: expected model.safetensors or pytorch_model.bin"]
+    raise LawaError(f"{revision} lacks {', '.join(lacking)}; leave this step out")
+
+
+def _twins(files: Mapping[int, Mapping]) -> list[str]:
+    """Which steps share weight files, by the hashes that the Hub lists: nothing need be fetched."""
+    weights = {}  # step -> hashes of its weight files
+    owners = {}  # hash -> steps
+    for step, names in files.items():
+        weights[step] = set()
+        for name, file in names.items():
+            if not name.endswith(".json"):
+                identity = file.lfs.sha256 if file.lfs else file.blob_id
+                weights[step].add(identity)
+                owners.setdefault(identity, []).append(step)
+    problems = []
+    for steps in sorted({tuple(steps) for steps in owners.values() if len(steps) > 1}):
+        whole = all(weights[step] == weights[steps[0]] for step in steps)
+        what = "identical weights"
+        if not whole:
+            what = "partly identical weights, some shards are the same file"
+        problems.append(f"steps {_some(steps)} hold {what}")
+    return problems
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Whatever huggingface_hub raises, as one line that says what to do."""
+    try:
+        import huggingface_hub.errors as hub
+    except ImportError:
+        raise LawaError('the Hub needs huggingface_hub: pip install "lawa-lab[hub]"') from None
+    try:
+        yield
+    except Exception as error:  # the client's own errors, its HTTP library's, the disk's
+        cause = error.__cause__ or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(error, hub.RevisionNotFoundError):
+            reason = "no such revision on the Hub"
+        elif isinstance(error, hub.RemoteEntryNotFoundError):
+            reason = "a file it lists is missing on the Hub"
+        elif isinstance(error, hub.RepositoryNotFoundError) or status in (401, 403):
+            reason = ("no such model, or it needs a token: check the name, "
+                      "`hf auth login` or set HF_TOKEN")
+        elif isinstance(error, hub.OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set; unset it and start again"
+        elif getattr(error, "errno", None) == errno.ENOSPC:
+            reason = "the disk is full; free some, or choose another folder"
+        elif "Consistency check" in str(error):
+            reason = "the download was cut short"
+        else:
+            first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            reason = f"the Hub cannot be reached ({status or first})"
+        raise JobFailed(f"{what}: {reason}; what is fetched is kept, run again to go on") from None
+
+
+class HubTrajectory(Trajectory):
+    """Revisions on the Hub, each fetched when it is asked for, and the next one meanwhile.
+
+    The folder of a step goes when `release` says that it is read (see `open_hub`).
+    revisions: {step: (commit, {file name: the Hub's record, with .size and .lfs})}.
+    """
+
+    def __init__(self, repo: str, revisions: Mapping, folder=None, *, allow=(), keep=False,
+                 api=None):
+        folder = folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")
+        self.folder = Path(folder).absolute()
+        super().__init__({step: self.folder / f"step{step}" for step in revisions}, repo)
+        self.revisions = dict(revisions)
+        self.allow = allow
+        self.keep = keep
+        self.api = api
+        self.order: list[int] = []  # what will be asked for
+        self.ahead: dict[int, threading.Thread] = {}  # step -> what fetches it ahead of time
+
+    def nbytes(self, step: int) -> int:
+        """Bytes of the files fetched for one revision."""
+        return sum(file.size for file in self.revisions[step][1].values())
+
+    def expect(self, steps) -> None:
+        self.order = list(steps)
+
+    def __getitem__(self, step) -> Checkpoint:
+        if step in self.revisions:
+            if step in self.ahead:
+                self.ahead.pop(step).join()
+            self._fetch(step)  # what the thread could not fetch is tried again, and fails aloud
+            following = self.order[self.order.index(step) + 1 :] if step in self.order else []
+            if following and following[0] not in self.ahead:
+                # A daemon: a program that fails or is interrupted does not wait for it.
+                thread = threading.Thread(target=self._try, args=(following[0],), daemon=True)
+                self.ahead[following[0]] = thread
+                thread.start()
+        return super().__getitem__(step)
+
+    def release(self, step: int) -> None:
+        if not self.keep:
+            shutil.rmtree(self.folder / f"step{step}", ignore_errors=True)
+
+    def config_dir(self) -> Path:
+        """The folder of the newest step's config and tokenizer, which are fetched."""
+        step = self.steps[-1]
+        commit, _ = self.revisions[step]
+        with _one_line(f"{self.name} step{step}"):
+            self.api.snapshot_download(self.name, revision=commit, local_dir=self.folder / "model",
+                                       allow_patterns=list(lawa_core.COPIED),
+                                       tqdm_class=lawa_core.progress)
+        return self.folder / "model"
+
+    def plan(self, schemes: Mapping[str, Callable], at=None, on_disk=False, rate=None) -> dict:
+        """What lawa_core.sweep with these arguments takes.
+
+        rate: bytes per second, default measured. Returns "revisions"; "fetch_bytes", what is on
+        disk already left out; "disk_bytes" and "memory_bytes", the most at any time, the average
+        in memory counted; "rate"; "hours" of fetching.
+        """
+        last = {}  # step -> the last target that needs it
+        for target in self.steps if at is None else sorted(at):
+            last[target] = target
+            for scheme in schemes.values():
+                for step in lawa_core.row(scheme, self.steps, target):
+                    last[step] = target
+        needed = sorted(last)
+        windows = []  # bytes of the checkpoints that are still needed, at each step
+        disks = []  # bytes on disk at each step, the next revision included
+        for i, step in enumerate(needed):
+            windows.append(sum(self.nbytes(s) for s in needed[: i + 1] if last[s] >= step))
+            ahead = sum(self.nbytes(s) for s in needed[i + 1 : i + 2])
+            disks.append((windows[-1] if on_disk else self.nbytes(step)) + ahead)
+        average = max(self.nbytes(step) for step in needed)
+        lacking = sum(file.size for step in needed for _, file in self._lacking(step))
+        rate = rate or self.measure()
+        return {
+            "revisions": len(needed),
+            "fetch_bytes": lacking,
+            "disk_bytes": max(disks),
+            "memory_bytes": average + (0 if on_disk else max(windows)),
+            "rate": rate,
+            "hours": lacking / rate / 3600,
+        }
+
+    def measure(self, size: int = 8 << 20) -> float:
+        """Bytes per second of one request for the first `size` bytes of the weights."""
+        import huggingface_hub as hub
+
+        commit, files = self.revisions[self.steps[0]]
+        largest = max(files, key=lambda name: files[name].size)
+        url = hub.hf_hub_url(self.name, largest, revision=commit, endpoint=self.api.endpoint)
+        headers = hub.utils.build_hf_headers(token=self.api.token)
+        headers["Range"] = f"bytes=0-{size - 1}"
+        begun = time.perf_counter()
+        with _one_line(self.name):
+            response = hub.get_session().get(url, headers=headers, follow_redirects=True)
+            hub.utils.hf_raise_for_status(response)
+        return len(response.content) / (time.perf_counter() - begun)
+
+    def _lacking(self, step: int) -> list[tuple]:
+        """(name, the Hub's record) of a revision's files that are not on disk."""
+        target = self.folder / f"step{step}"
+        files = self.revisions[step][1].items()
+        return [(name, file) for name, file in files if not (target / name).exists()]
+
+    def _try(self, step: int) -> None:
+        with contextlib.suppress(Exception):
+            self._fetch(step)
+
+    def _fetch(self, step: int) -> None:
+        """Fetch what is not on disk of a revision; compare it with the hashes that the Hub has."""
+        lacking = self._lacking(step)
+        if not lacking:
+            return
+        what = f"{self.name} step{step}"
+        target = self.folder / f"step{step}"
+        target.mkdir(parents=True, exist_ok=True)
+        size = sum(file.size for _, file in lacking)
+        free = shutil.disk_usage(target).free
+        if free < size:
+            raise JobFailed(f"{what} takes {size / 1e9:.2f} GB, {self.folder} has "
+                            f"{free / 1e9:.2f} GB left; free some, or choose another folder; "
+                            "what is fetched is kept, run again to go on")
+        for name, file in lacking:
+            with _one_line(what):
+                self.api.hf_hub_download(self.name, name, revision=self.revisions[step][0],
+                                         local_dir=target, tqdm_class=lawa_core.progress)
+            if file.lfs:  # huggingface_hub compares the size only
+                with open(target / name, "rb") as opened:
+                    found = hashlib.file_digest(opened, "sha256").hexdigest()
+                if found != file.lfs.sha256:
+                    (target / name).unlink()
+                    raise JobFailed(f"{what}: {name} is not the file that the Hub lists "
+                                    "(its sha256 differs); run again")
+
+
+lawa_core.SOURCES["hub"] = open_hub
+
+
+def main(argv=None) -> int:
+    """The installed command `lawa`: lawa_core's, which then opens "hub:NAME" too."""
+    return lawa_core.main(argv)

@@ -1,0 +1,131 @@
+"""Many runs, several at a time, in processes of their own."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import lawa_core
+import model
+from lawa_core import LawaError
+
+
+def train_all(configs, jobs: int | None = None, *, state_at=(), resume_from=None) -> list[Path]:
+    """Train the runs that are not finished, `jobs` at a time, and return all run folders, in order.
+
+    configs: of `model.Config`; one that comes twice is trained once. jobs: processes that share the
+    cores, default $LAWA_JOBS, else one per core on a CPU (small models use one core best), one on a
+    GPU. state_at: as for `model.train`, for every run. resume_from: for each run a state file that
+    another one left, or None; where there is no such file the run starts at its beginning.
+    Errors: LawaError that names each failed run with its message, once all others are done.
+    Interrupted, the runs save their states, and the same call goes on from there.
+    """
+    configs = list(configs)
+    states = list(resume_from) if resume_from is not None else [None] * len(configs)
+    folders = [model.run_dir(config) for config in configs]
+    missing = {}
+    for folder, config, state in zip(folders, configs, states, strict=True):
+        if not (folder / "summary.json").exists():
+            missing.setdefault(folder, (config, state))
+    if not missing:
+        return folders
+
+    cores = os.cpu_count() or 1
+    usual = 1 if model.pick_device().type == "cuda" else cores
+    jobs = jobs or int(os.environ.get("LAWA_JOBS", 0)) or usual
+    threads = max(cores // jobs, 1)  # however many runs are missing: the bits depend on it
+    before = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(min(jobs, len(missing)), multiprocessing.get_context("spawn"),
+                               initializer=_follow_parent)
+    futures = {}
+    with pool:
+        try:
+            with _no_script():
+                for folder, (config, state) in missing.items():
+                    options = {"threads": threads, "state_at": state_at, "resume_from": state}
+                    futures[pool.submit(_train, config, folder, options)] = folder
+            total = sum(config.max_iters for config, _ in missing.values())
+            _watch(futures, total)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.terminate()  # it saves its run's state; the pool waits for that
+            raise
+
+    failed, unfinished = [], []
+    for future, folder in futures.items():
+        if isinstance(future.exception(), BrokenProcessPool):
+            unfinished.append(folder.name)
+        elif future.result():
+            failed.append(f"{folder.name}: {future.result()}")
+    if unfinished:
+        failed.append("a training process was ended from outside, perhaps for want of memory; not "
+                      f"finished: {', '.join(unfinished)}; the same call goes on with them")
+    if failed:
+        raise LawaError("; ".join(failed))
+    return folders
+
+
+def _watch(futures: dict[Future, Path], total: int) -> None:
+    """Show how many of the runs' steps are done, until all runs have ended."""
+    done = sum(map(_steps_done, futures.values()))
+    running = set(futures)
+    with lawa_core.progress(total - done, "training", unit="step") as bar:
+        while running:
+            _, running = wait(running, timeout=1)
+            now = sum(map(_steps_done, futures.values()))
+            bar.update(now - done)
+            bar.set_postfix_str(f"{len(futures) - len(running)} of {len(futures)} runs")
+            done = now
+
+
+def _steps_done(folder: Path) -> int:
+    """The step in the last whole line of a run's metrics.csv."""
+    try:
+        with open(folder / "metrics.csv", "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - 500, 0))
+            lines = file.read().split(b"\n")
+        return int(lines[-2].split(b",")[0])
+    except (OSError, IndexError, ValueError):  # no file yet, or only the names of the columns
+        return 0
+
+
+# ---- in the processes ----
+
+def _train(config: model.Config, folder: Path, options: dict) -> str:
+    """Train one run; what went wrong in one line, or nothing."""
+    try:
+        model.train(config, folder, **options)
+    except (KeyboardInterrupt, SystemExit):
+        os._exit(130)  # the state is saved; else the pool would go on with the next run
+    except Exception as error:
+        told = str(error) if isinstance(error, (LawaError, OSError, RuntimeError)) else ""
+        return " ".join((told or repr(error)).split())
+    return ""
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and end with it, whatever ends it."""
+    def follow():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class _no_script:
+    """Meanwhile, processes start without the caller's script, which they would run again."""
+
+    def __enter__(self):
+        self.main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+
+    def __exit__(self, *_):
+        sys.modules["__main__"] = self.main
