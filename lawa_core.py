@@ -69,7 +69,8 @@ def explained(text: str):
     except (LawaError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch.distributed's are no Exceptions
-        raise LawaError(f"{text} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LawaError(f"{text} ({reason})") from None
 
 
 def progress(total: float | None, desc: str = "", unit: str = "it", **options):
@@ -83,7 +84,7 @@ def progress(total: float | None, desc: str = "", unit: str = "it", **options):
         silent = SimpleNamespace(n=0, update=lambda n: None, set_postfix_str=lambda text: None)
         return contextlib.nullcontext(silent)
     if not sys.stderr.isatty():
-        line = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
         options = {"file": sys.stdout, "mininterval": 5, "delay": 5, "bar_format": line} | options
     return tqdm(total=total, desc=desc, unit=unit, **options)
 
@@ -182,9 +183,10 @@ class ema(Scheme):
 
     def __call__(self, steps, at):
         window = latest(steps, at, self.start, self.every, self.start)
-        weights = {step: (1 - self.beta) * self.beta ** age for age, step in enumerate(window[::-1])}
-        if weights:
-            weights[window[0]] = self.beta ** (len(window) - 1)
+        weights = {}
+        for age, step in enumerate(reversed(window)):
+            share = 1.0 if step == window[0] else 1 - self.beta
+            weights[step] = share * self.beta ** age
         return weights or {at: 1.0}
 
 
@@ -238,7 +240,7 @@ class explicit(Scheme):
     def __call__(self, steps, at):
         window = latest(steps, at, 0, self.spacing, at, len(self.weights))
         if len(window) < len(self.weights):
-            raise LawaError(f"{len(self.weights)} weights need as many checkpoints up to step {at}; "
+            raise LawaError(f"{len(self.weights)} weights need as many checkpoints by step {at}; "
                             f"there are {len(window)}")
         return dict(zip(window, self.weights, strict=True))
 
@@ -329,8 +331,9 @@ def row(scheme, steps, at: int) -> dict[int, float]:
 DTYPES = {
     "F64": ("<f8", "float64"), "F32": ("<f4", "float32"), "F16": ("<f2", "float16"),
     "BF16": ("<u2", "bfloat16"), "I64": ("<i8", "int64"), "I32": ("<i4", "int32"),
-    "I16": ("<i2", "int16"), "I8": ("<i1", "int8"), "U8": ("<u1", "uint8"), "U16": ("<u2", "uint16"),
-    "U32": ("<u4", "uint32"), "U64": ("<u8", "uint64"), "BOOL": ("?", "bool"),
+    "I16": ("<i2", "int16"), "I8": ("<i1", "int8"), "U8": ("<u1", "uint8"),
+    "U16": ("<u2", "uint16"), "U32": ("<u4", "uint32"), "U64": ("<u8", "uint64"),
+    "BOOL": ("?", "bool"),
 }
 CODES = {f"torch.{name}": code for code, (_, name) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")  # averaged; all others are copied from the newest checkpoint
@@ -348,7 +351,7 @@ BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_f
 class Stored:
     """One tensor of a checkpoint, not yet read; tied names share one.
 
-    dtype: torch's, or safetensors' code; read(start, stop): its bytes, row-major, not to be changed.
+    dtype: torch's or safetensors' code; read(start, stop): its bytes, row-major, not to be changed.
     """
 
     def __init__(self, dtype, shape, path, read: Callable[[int, int], np.ndarray]):
@@ -456,10 +459,11 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
         with explained(f"{index}: corrupt index"):
             places = dict(json.loads(index.read_text())["weight_map"].items())
             files = sorted(set(places.values()))
-            lost = [file for file in files if Path(file).name != file or not (path / file).is_file()]
+            lost = [name for name in files
+                    if Path(name).name != name or not (path / name).is_file()]
         if lost:
-            raise LawaError(f"{path}: missing shard {', '.join(lost)}, named in {index.name}; fetch "
-                            "it again")
+            raise LawaError(f"{path}: missing shard {', '.join(lost)}, named in {index.name}; "
+                            "fetch it again")
     if not files:
         raise LawaError(f"{path} is no checkpoint: expected one of "
                         f"{', '.join((*SINGLES, *INDEXES, '.metadata'))} in it")
@@ -540,10 +544,11 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         reason = (str(error) or "empty").splitlines()[0]
         if "weights_only" in reason:  # torch goes on to advise what would run the file's code
             reason = "no file of tensors"
-        raise LawaError(f"{path}: not a readable torch checkpoint ({reason}); copy it again") from None
+        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); copy it again") from None
     if not isinstance(blob, Mapping) or (key and not isinstance(blob.get(key), Mapping)):
         held = ", ".join(map(str, blob)) if isinstance(blob, Mapping) else type(blob).__name__
-        raise LawaError(f"{path} holds {held[:200]}; expected a state dict" + f" under {key!r}" * bool(key))
+        under = f" under {key!r}" if key else ""
+        raise LawaError(f"{path} holds {held[:200]}; expected a state dict{under}")
     key = key or next((name for name in NESTED if isinstance(blob.get(name), Mapping)), None)
     found = from_memory(blob[key] if key else blob, path)
     if sidecar(path).exists():
@@ -576,7 +581,7 @@ def first_names(tensors: Mapping) -> dict[str, str]:
 
 
 def read_tensor(tensor, start: int, stop: int) -> np.ndarray:
-    """Bytes [start, stop) of a tensor, which may lie in a mapped file, on a device, or with gaps."""
+    """Bytes [start, stop) of a tensor that may lie in a mapped file, on a device, or with gaps."""
     import torch
     first, last = start // tensor.element_size(), stop // tensor.element_size()
     if tensor.is_contiguous():
@@ -621,7 +626,7 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
 
 
 def unpickled_index(path: Path):
-    """A distributed checkpoint's index is a pickle: only these classes are let in; none runs code."""
+    """A distributed checkpoint's index is a pickle: only these classes, none of which runs code."""
     import pickle
 
     import torch
@@ -649,9 +654,9 @@ def plan_file(stored: Mapping[str, Stored], ties: Mapping[str, str], metadata: M
     """A safetensors file's (header, {name: offset}, size); widest types first keeps all aligned."""
     table, offset = {}, 0
     for name in sorted(stored, key=lambda name: -stored[name].itemsize):
-        place = offset, offset + stored[name].nbytes
-        table[name] = {"dtype": stored[name].dtype, "shape": stored[name].shape, "data_offsets": place}
-        offset = place[1]
+        one, start = stored[name], offset
+        offset += one.nbytes
+        table[name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": (start, offset)}
     own = {"ties": json.dumps(ties)} if ties else {}
     text = json.dumps({"__metadata__": {"format": "pt", **metadata, **own}} | table).encode()
     text += b" " * (-len(text) % 8)
@@ -759,12 +764,13 @@ class Trajectory:
 
     def __getitem__(self, step) -> Checkpoint:
         if step not in self.sources:
-            raise LawaError(f"no checkpoint at step {step} in {self.name}; there are {some(self.steps)}")
+            raise LawaError(f"no checkpoint at step {step} in {self.name}; there are "
+                            f"{some(self.steps)}")
         source = self.sources[step]
         return source() if callable(source) else open_checkpoint(source, self.key)
 
     def expect(self, steps) -> None:
-        """A hook: these steps will be asked for, in this order; what is far can be fetched ahead."""
+        """A hook: these steps will be asked for, in order; what is far can be fetched ahead."""
 
     def release(self, step: int) -> None:
         """A hook: this step will not be asked for again; what was fetched can go."""
@@ -791,8 +797,8 @@ def open_trajectory(source, key: str | None = None) -> Trajectory:
         if kind in SOURCES:
             return SOURCES[kind](rest)
         if kind == "hub":
-            raise LawaError(f"{source}: the Hub is reached by the command `lawa`, and after `import "
-                            "lab.hub`; this file alone reads local checkpoints")
+            raise LawaError(f"{source}: the Hub is reached by the command `lawa`, or after "
+                            "`import lab.hub`; this file alone reads local checkpoints")
         path = Path(source)
         paths, name = [path], path.name
         if not path.exists():
@@ -802,8 +808,8 @@ def open_trajectory(source, key: str | None = None) -> Trajectory:
     else:
         paths, name = [Path(path) for path in source], "the list"
     if not paths:
-        raise LawaError(f"no checkpoints in {source}; expected files such as {checkpoint_name(1000)} "
-                        "or folders such as step1000/")
+        raise LawaError(f"no checkpoints in {source}; expected files such as "
+                        f"{checkpoint_name(1000)} or folders such as step1000/")
     steps = [step_of(path) for path in paths]
     if all(step is None for step in steps):
         steps = list(range(1, len(paths) + 1))
@@ -835,8 +841,8 @@ def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
     for name in sorted(checkpoint.keys() & newest.keys()):
         ours, theirs = checkpoint.data[name], newest.data[name]
         if ours.shape != theirs.shape:
-            found.append(f"{name} has shape {list(ours.shape)}, expected {list(theirs.shape)} as in "
-                         f"{newest.path}")
+            found.append(f"{name} has shape {list(ours.shape)}, expected {list(theirs.shape)} as "
+                         f"in {newest.path}")
         elif ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= set(FLOATS):
             found.append(f"{name} is {ours.dtype}, expected {theirs.dtype} as in {newest.path}")
     return [f"{checkpoint.path}: {problem}" for problem in found]
@@ -846,7 +852,8 @@ def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Check
     """The checkpoints that can be opened, and what is wrong with them as a set, a line each."""
     unknown = sorted(set(allow) - set(ALLOW))
     if unknown:
-        raise LawaError(f"unknown permission {', '.join(unknown)}; expected some of {', '.join(ALLOW)}")
+        raise LawaError(f"unknown permission {', '.join(unknown)}; expected some of "
+                        f"{', '.join(ALLOW)}")
     opened, problems, averages, first = {}, [], [], {}
     for step in sorted(steps):
         try:
@@ -875,7 +882,8 @@ def check(source, key: str | None = None) -> list[str]:
     usual = np.median(np.diff(trajectory.steps)) if len(trajectory) > 2 else math.inf
     for a, b in pairwise(trajectory.steps):
         if b - a > usual:
-            problems.append(f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} apart")
+            problems.append(f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} "
+                            "apart")
     return problems
 
 
@@ -935,7 +943,7 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
                         continue
                     if this.keep != 1:
                         total *= this.keep
-                    total += values[step] if add == 1 else np.multiply(values[step], add, dtype=wide)
+                    total += values[step] if add == 1 else values[step].astype(wide) * add
                 if not lone:
                     data = narrow(total / wide(this.total), dtype)
             if "nonfinite" not in allow and not finite(data, dtype):
@@ -944,8 +952,8 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
                 problems += [f"{opened[step].data[name].path}: {name} holds NaN or Inf; leave it "
                              "out (or --allow nonfinite)" for step in bad]
                 if not bad:
-                    problems.append(f"{name} overflows {dtype} in the average; write it with a wider "
-                                    "--dtype")
+                    problems.append(f"{name} overflows {dtype} in the average; write it with a "
+                                    "wider --dtype")
             write(m, name, start * wanted[name].itemsize, data)
         return sum(map(len, raws.values())), problems
 
@@ -1010,7 +1018,7 @@ def average(source, scheme=None, at: int | None = None, key: str | None = None) 
     return state_dict(opened, this)
 
 
-def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums: dict | None = None, allow=()) -> dict:
+def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums=None, allow=()) -> dict:
     """One row as {name: fresh torch.Tensor}."""
     wanted, ties = layout(opened)
     if sums is not None:  # what is tied now may not have been before
@@ -1027,8 +1035,10 @@ def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums: dict | None = 
 def layout(opened: Mapping[int, Checkpoint]) -> tuple[dict[str, Stored], dict[str, str]]:
     """(tensors, ties) of an average: the newest's; what is tied in every checkpoint stays tied."""
     newest = opened[max(opened)]
-    ties = {name: kept for name, kept in newest.ties.items()
-            if all(c.data[name] is c.data[kept] for c in opened.values())}
+    ties = dict(newest.ties)
+    for checkpoint in opened.values():
+        ties = {name: kept for name, kept in ties.items()
+                if checkpoint.data[name] is checkpoint.data[kept]}
     return {name: s for name, s in newest.data.items() if name not in ties}, ties
 
 
@@ -1044,8 +1054,9 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
     """
     trajectory = open_trajectory(source, key)
     targets = trajectory.steps if at is None else sorted(at)
-    rows = {name: chain([Row(scheme, trajectory.steps, target) for target in targets])
-            for name, scheme in schemes.items()}
+    rows = {}
+    for name, scheme in schemes.items():
+        rows[name] = chain([Row(scheme, trajectory.steps, target) for target in targets])
     last: dict[int, int] = {}  # step: the last target that reads it
     for own in rows.values():
         for target, this in zip(targets, own, strict=True):
@@ -1061,7 +1072,8 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                 twin = seen.setdefault(held[step].fingerprint, step)
                 if twin != step:
                     raise LawaError(f"steps {twin} and {step} of {trajectory.name} hold identical "
-                                    "weights, so one is a wrong file; leave it out, or allow duplicates")
+                                    "weights, so one is a wrong file; leave it out, or allow "
+                                    "duplicates")
             if not on_disk:
                 held[step] = in_memory(held[step])
                 trajectory.release(step)
@@ -1089,8 +1101,9 @@ def in_memory(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(checkpoint.path, names, checkpoint.metadata)
 
 
-def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads: int | None = None,
-                  tile: int = TILE, progress=None, allow=(), key: str | None = None, like=None) -> dict:
+def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(), like=None,
+                  key: str | None = None, threads: int | None = None, tile: int = TILE,
+                  progress=None) -> dict:
     """Write averages from file to file, every byte read once, in little memory at any size.
 
     source: what `open_trajectory` takes; outputs: {path: (scheme, at)}, a path that ends in
@@ -1098,8 +1111,8 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads
     default the newest input's); dtype: "F32", "BF16", ... of the float tensors, default each one's
     in the newest; threads: default one per core; tile: bytes; progress: called with (bytes done,
     bytes in all); allow: of "nonfinite", "duplicates", "averages".
-    Returns a report: outputs with their weights, bytes read and written, seconds. Errors: LawaError,
-    JobFailed (disk full); then, and if killed, nothing is seen under an output's name.
+    Returns a report: outputs with their weights, bytes read and written, seconds. Errors:
+    LawaError, JobFailed (disk full); then, and if killed, no output's name is seen.
     """
     begun, trajectory = time.perf_counter(), open_trajectory(source, key)
     positive(threads=threads, tile=tile)
@@ -1123,8 +1136,9 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, threads
         used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
                  "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
                 for step in this.add]
+        # enough to make it again, and the same in every process: no clock, no address
         note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)), "at": at,
-                "weights": this.weights, "inputs": used}  # to make it again; the same in any process
+                "weights": this.weights, "inputs": used}
         plans.append(plan_file(wanted, ties, {"lawa": json.dumps(note)}))
         report.append({"path": str(path), "bytes": plans[-1][2], **note})
     total = sum(size for _, _, size in plans)
@@ -1191,7 +1205,8 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
     """The best LAWA window on a trajectory, in at most `budget` evaluations, the run's included.
 
     source: what `open_trajectory` takes; evaluate: {name: tensor} -> loss, or the losses of equally
-    many blocks, paired, so that the answer has a standard error; NaN is worst; at: default the newest.
+    many blocks, paired, so that the answer has a standard error; NaN is worst; at: a step, default
+    the newest.
     What decides is the window's span k * spacing (2507.17634), and gain over span is an inverted U:
     so a bisection over spans at the middle k, then the other k at the best span.
     Returns {"best": scheme, "gain", "gain_se", "sure": text, "trials": [{"scheme", "loss", "gain",
@@ -1216,8 +1231,8 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
                 if len(row(lawa(k, spacing), trajectory.steps, at)) == k:
                     windows.append(lawa(k, spacing))
     if not windows:
-        raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step {at}; "
-                        f"there are {some(trajectory.steps)}")
+        raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step "
+                        f"{at}; there are {some(trajectory.steps)}")
     middle = sorted(ks)[len(ks) // 2]
     line = [w for w in windows if w.k == middle] or windows
     line.sort(key=lambda w: w.k * w.spacing)
@@ -1229,7 +1244,8 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
         else:
             low = left + 1
     best = min(losses.keys() - {newest()} or {line[low]}, key=loss)
-    for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / best.k / best.spacing))):
+    span = best.k * best.spacing
+    for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / span))):
         loss(scheme)
     best = min(losses, key=loss)
 
@@ -1241,14 +1257,15 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
     trials = []
     for scheme, values in losses.items():
         more, error = gain(scheme, newest())
-        trials.append({"scheme": str(scheme), "loss": float(values.mean()), "gain": more, "gain_se": error})
+        trials.append({"scheme": str(scheme), "loss": float(values.mean()), "gain": more,
+                       "gain_se": error})
     more, error = gain(best, newest())
     sure = "no spread known: the validation gave one number per model; give one per block"
     if error is not None:
         others = [gain(best, scheme) for scheme in losses if scheme != best]
         close = sum(ahead < 2 * spread for ahead, spread in others)
-        sure = (f"gain {more:+.4f} +- {error:.4f} (standard error over {len(losses[best])} blocks); "
-                f"{close} other windows are within 2 standard errors")
+        sure = (f"gain {more:+.4f} +- {error:.4f} (standard error over {len(losses[best])} "
+                f"blocks); {close} other windows are within 2 standard errors")
     return {"best": best, "gain": more, "gain_se": error, "sure": sure, "trials": trials}
 
 
@@ -1297,7 +1314,8 @@ class Online:
 
         Steps before `start`, off the grid start + n * every, or taken already are ignored.
         """
-        if step >= self.start and (step - self.start) % self.every == 0 and step > self.held.get("step", -1):
+        due = step >= self.start and (step - self.start) % self.every == 0
+        if due and step > self.held.get("step", -1):
             self.take(step, self.live())
             self.held["step"] = step
 
@@ -1388,7 +1406,8 @@ class EMA(Online):
     def take(self, step, live):
         import torch
         floats, self.held["others"] = parted(live)
-        values = [t.to(torch.promote_types(t.dtype, self.dtype or torch.float32)) for t in floats.values()]
+        least = self.dtype or torch.float32
+        values = [t.to(torch.promote_types(t.dtype, least)) for t in floats.values()]
         for beta in self.betas:
             shadow = self.held["shadows"].setdefault(beta, {})
             if shadow:
@@ -1471,7 +1490,7 @@ job begins anew. Exit status: 0 done, 1 the job failed or inspect found problems
 input, 130 interrupted."""
 
 INPUTS = {
-    "inputs": {"nargs": "+", "metavar": "CKPT", "help": "checkpoints, or one folder or glob of them"},
+    "inputs": {"nargs": "+", "metavar": "CKPT", "help": "checkpoints, or a folder or glob of them"},
     "--key": {"help": "where a nested .pt holds its weights (default: model, state_dict, ...)"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
 }
@@ -1485,10 +1504,10 @@ HOW = {
 }
 OUT = {
     "-o": {"dest": "out", "required": True, "help": "FILE.safetensors, FILE.pt, or a new folder"},
-    "--dtype": {"type": str.upper, "choices": FLOATS, "help": "of the floats (default: the newest's)"},
+    "--dtype": {"type": str.upper, "choices": FLOATS, "help": "of floats (default: the newest's)"},
     "--like": {"help": "Hugging Face folder to copy config and tokenizer from"},
     "--threads": {"type": int, "help": "default: one per core"},
-    "--allow": {"action": "append", "default": [], "choices": ALLOW, "help": "take it all the same"},
+    "--allow": {"action": "append", "default": [], "choices": ALLOW, "help": "take such inputs"},
 }
 EVERY = {"--every": {"type": int, "default": 1, "help": "average at the multiples of this"}}
 TRY = {
@@ -1539,8 +1558,8 @@ def schemes_of(args) -> dict[str, Callable]:
     schemes = {name: parse_scheme(text) for name, text in texts.items()} or {"mean": swa()}
     if args.tokens_per_step is not None:
         for name, scheme in schemes.items():
-            durations = {d: getattr(scheme, d, None) for d in ("spacing", "start", "every", "window")}
-            steps = {d: tokens(n, args.tokens_per_step) for d, n in durations.items() if n}
+            given = {d: getattr(scheme, d, None) for d in ("spacing", "start", "every", "window")}
+            steps = {d: tokens(n, args.tokens_per_step) for d, n in given.items() if n}
             schemes[name] = dataclasses.replace(scheme, **steps)
     return schemes
 
@@ -1554,7 +1573,8 @@ def inspect(trajectory: Trajectory) -> dict:
             opened[step] = trajectory[step]
     squares, changes = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0)
     with progress(sum(c.nbytes for c in opened.values()), "inspect", "B", unit_scale=True) as bar:
-        for name in opened[max(opened)] if opened else {}:
+        names = list(opened[max(opened)]) if opened else []
+        for name in names:
             before = None
             for step, checkpoint in opened.items():
                 stored = checkpoint.data.get(name)
@@ -1594,7 +1614,8 @@ def validation(command: str) -> Callable[[dict], list[float]]:
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", last)
         if done.returncode or not numbers:
             said = (done.stderr or done.stdout).strip()[-200:]
-            raise JobFailed(f"the validation command exited with {done.returncode} and printed {said!r}")
+            raise JobFailed(f"the validation command exited with {done.returncode} and printed "
+                            f"{said!r}")
         return [float(number) for number in numbers]
     return evaluate
 
@@ -1632,10 +1653,11 @@ def show(result: dict) -> None:
     for line in result.get("trials", []):
         print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
     for line in result.get("outputs", []):
-        print(f"{line['path']}: {line['scheme']} at step {line['at']}, {len(line['weights'])} checkpoints")
+        print(f"{line['path']}: {line['scheme']} at step {line['at']}, "
+              f"{len(line['weights'])} checkpoints")
     if "seconds" in result:
-        print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote {result['bytes_written'] / 1e9:.2f} GB "
-              f"in {result['seconds']:.2f} s")
+        print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
+              f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
     if "sure" in result:
         print(f"best: {result['best']}; {result['sure']}")
     for problem in result.get("problems", []):

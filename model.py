@@ -689,10 +689,8 @@ def joined_ranks(device: torch.device, world: int):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield torch.distributed.get_rank(), device
-    finally:
-        torch.distributed.destroy_process_group()
+    yield torch.distributed.get_rank(), device
+    torch.distributed.destroy_process_group()  # not after an error, whose frames hold the network
 
 def on_cpu(tree):
     """A copy of nested dicts and lists of tensors, on the CPU: training may change its own."""

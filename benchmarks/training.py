@@ -1,14 +1,18 @@
-"""Speed of training: the project's step against two others and the machine, and what checkpoints, averages and evaluation cost.
+"""Speed of training: the project's step against two others and the machine, and what
+checkpoints, averages and evaluation cost.
 
-What is compared is timed in turns, round after round, in an order that rotates; ratios are taken within a round. Printed and kept are
-medians over the rounds with the lowest and the highest; a speed ratio above 1 says that the project is faster.
+What is compared is timed in turns, round after round, in an order that rotates; ratios are taken
+within a round. Printed and kept are medians over the rounds with the lowest and the highest; a
+speed ratio above 1 says that the project is faster.
 
-The rivals train the same shape from the same weights in fp32, with the project's batch size, AdamW (fused, decay on matrices) and
-clipping: `textbook`, nanoGPT's published steps written again in plain modules, and `transformers`' GPT-2 without dropout. Before anything
-is timed, all must report the same loss on the same batches.
+The rivals train the same shape from the same weights in fp32, with the project's batch size, AdamW
+(fused, decay on matrices) and clipping: `textbook`, nanoGPT's published steps written again in
+plain modules, and `transformers`' GPT-2 without dropout. Before anything is timed, all must report
+the same loss on the same batches.
 
-FLOPs per token = 6 N + 12 L C T (arXiv 2204.02311, appendix B): N parameters without position embeddings, L layers, C width, T block size.
-Attention is counted in full; a causal kernel does about half of it.
+FLOPs per token = 6 N + 12 L C T (arXiv 2204.02311, appendix B): N parameters without position
+embeddings, L layers, C width, T block size. Attention is counted in full; a causal kernel does
+about half of it.
 """
 
 from __future__ import annotations
@@ -36,9 +40,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import gpt
 import lawa_core
 import model
+from lab.hf import save_hf
 from lawa_core import LawaError
 
 LAPTOP = model.SCALES["laptop"]
@@ -75,18 +79,25 @@ EXAMPLES = """examples
 exit status: 0 measured, whether or not what was expected was reached; 1 a contestant disagrees or fails; 2 bad usage; 130 interrupted"""
 
 
-# ---- 1. The contestants -------------------------------------------------------------------------------------------------------------
+# ---- 1. The contestants --------------------------------------------------------------------------
 
 
-def project(config, corpus, folder):
-    """All that this benchmark knows of the inside of training: model, step() -> loss, batch(i) -> inputs and targets of step i."""
-    run = model._Run(config, corpus, folder, torch.device("cpu"))
+def project(config, corpus):
+    """The project's own steps: model, step() -> loss, batch(i) -> inputs and targets of step i."""
+    network = model.GPT(model.gpt_config(config.preset, corpus.vocab_size), config.seed)
+    optimizer = model.adamw(network, config)
+    steps = itertools.count()
+
+    def step():
+        done = next(steps)
+        tokens = corpus.known(model.batch(corpus.train, config, done))
+        return model.train_step(network, optimizer, tokens, config, done)[0]
 
     def batch(step):
         tokens = torch.from_numpy(model.batch(corpus.train, config, step))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    return SimpleNamespace(model=run.model, step=lambda: run.step()[0], batch=batch)
+    return SimpleNamespace(model=network, step=step, batch=batch)
 
 
 class TextbookBlock(nn.Module):
@@ -119,7 +130,8 @@ class TextbookBlock(nn.Module):
 
 
 class Textbook(nn.Module):
-    """The same GPT-2 as a textbook has it, under GPT-2's names, so that it takes the project's weights."""
+    """The same GPT-2 as a textbook has it, under GPT-2's names, so that it takes the project's
+    weights."""
 
     def __init__(self, c: model.GPTConfig, weights):
         super().__init__()
@@ -145,12 +157,13 @@ class Textbook(nn.Module):
 
 
 def hugging_face(c: model.GPTConfig, weights, folder):
-    """`transformers`' GPT-2 with these weights, and its loss of (inputs, targets). No key-value cache: training has no use for one."""
+    """`transformers`' GPT-2 with these weights, and its loss of (inputs, targets). No key-value
+    cache: training has no use for one."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    gpt.save_hf(folder, c, weights)
+    save_hf(folder, c, weights)
     network = transformers.GPT2LMHeadModel.from_pretrained(folder).train()
     return (
         network,
@@ -197,7 +210,8 @@ def draw(tokens, sequences: int, block: int):
 
 
 def contestants(ours, config, corpus, folder) -> dict:
-    """{name: call of one step}, after steps that must give the project's losses; of transformers one step, since it trains biases too."""
+    """{name: call of one step}, after steps that must give the project's losses; of transformers
+    one step, since it trains biases too."""
     shape, weights = (
         ours.model.config,
         {name: tensor.clone() for name, tensor in ours.model.state_dict().items()},
@@ -220,7 +234,7 @@ def contestants(ours, config, corpus, folder) -> dict:
     }
 
 
-# ---- 2. Timing ----------------------------------------------------------------------------------------------------------------------
+# ---- 2. Timing -----------------------------------------------------------------------------------
 
 
 def rotated(names, i: int) -> list:
@@ -228,7 +242,8 @@ def rotated(names, i: int) -> list:
 
 
 def in_turns(work: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """{name: seconds per call, one value per round}. A turn calls for at least `seconds`, and at least once."""
+    """{name: seconds per call, one value per round}. A turn calls for at least `seconds`, and at
+    least once."""
     took = {name: [] for name in work}
     for i in range(rounds):
         for name in rotated(list(work), i):
@@ -268,7 +283,8 @@ def products(seconds: float) -> dict[tuple, float]:
 
 
 def launch(commands) -> float:
-    """Run them at once. Returns their tokens per second of training, added up, from their summaries: starting Python does not count."""
+    """Run them at once. Returns their tokens per second of training, added up, from their
+    summaries: starting Python does not count."""
     running = [
         subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for words in commands
@@ -290,15 +306,24 @@ def launch(commands) -> float:
     )
 
 
+def flags(config) -> list[str]:
+    """The command line of a configuration."""
+    words = []
+    for name, value in dataclasses.asdict(config).items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
 def command(folder, steps: int, threads: int, launcher=(), **given) -> list[str]:
-    """`model.py train` of the first steps of a run of scale laptop, in a new folder: the last word."""
+    """`model.py train` of the first steps of a run of scale laptop, in a new folder: the last
+    word."""
     config = model.scale_config(LAPTOP, max_iters=steps, warmup_iters=0, **given)
     return [
         sys.executable,
         *launcher,
         model.__file__,
         "train",
-        *model.flags(config),
+        *flags(config),
         "--device",
         "cpu",
         "--threads",
@@ -312,11 +337,12 @@ def side_by_side(folder, steps: int) -> float:
     return launch([command(folder, steps, 1, seed=seed) for seed in (0, 1)])
 
 
-# ---- 3. Sections: each returns its rows ---------------------------------------------------------------------------------------------
+# ---- 3. Sections: each returns its rows ----------------------------------------------------------
 
 
 def sized(preset: str):
-    """(config, corpus) of a row: a constant rate, and a vocabulary of GPT-2's size where the row says so."""
+    """(config, corpus) of a row: a constant rate, and a vocabulary of GPT-2's size where the row
+    says so."""
     size, corpus = SIZES[preset], model.open_corpus(LAPTOP["corpus"])
     if size.vocabulary:
         corpus = dataclasses.replace(corpus, meta=corpus.meta | {"vocab_size": size.vocabulary})
@@ -344,7 +370,7 @@ def growth(args, folder):
     best, rows = max(rates, key=rates.get), []
     for preset in args.presets:
         config, corpus = sized(preset)
-        ours = project(config, corpus, folder)
+        ours = project(config, corpus)
         work = contestants(ours, config, corpus, folder) | {"mm": multiply(*best)}
         took = in_turns(
             work, SIZES[preset].rounds or SHORTER * args.repeats, args.seconds / SHORTER
@@ -372,7 +398,7 @@ def costs(args, folder):
     rows = []
     for preset in (preset for preset in args.presets if SIZES[preset].blocks):
         config, corpus = sized(preset)
-        ours, blocks = project(config, corpus, folder), SIZES[preset].blocks
+        ours, blocks = project(config, corpus), SIZES[preset].blocks
         one, three = (lawa_core.EMA(ours.model, betas) for betas in ((0.99,), (0.9, 0.99, 0.999)))
         steps = itertools.count(1)  # an average passes over a step that it has taken
         work = {
@@ -402,7 +428,8 @@ def costs(args, folder):
 
 
 def sweep(args, folder):
-    """A run of a laptop sweep: it trains beside another, a thread each; then run and LAWA are evaluated at 20 points with all threads."""
+    """A run of a laptop sweep: it trains beside another, a thread each; then run and LAWA are
+    evaluated at 20 points with all threads."""
     config = model.scale_config(LAPTOP)
     checkpoints = len(
         config.checkpoint_steps
@@ -423,9 +450,7 @@ def sweep(args, folder):
         )
         (run / "eval.csv").unlink(missing_ok=True)
         begun = time.perf_counter()
-        model.evaluate_trajectory(
-            run, schemes, points, LAPTOP["n_blocks"], device="cpu", every=math.inf
-        )
+        model.evaluate_trajectory(run, schemes, points, LAPTOP["n_blocks"], device="cpu")
         evaluating.append(time.perf_counter() - begun)
     return [
         {
@@ -439,7 +464,8 @@ def sweep(args, folder):
 
 
 def processes(args, folder):
-    """Two processes with a thread each against one process with two; two runs one after the other go at the rate of one."""
+    """Two processes with a thread each against one process with two; two runs one after the
+    other go at the rate of one."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     work = {
         "one": lambda: launch([command(folder, args.steps, 2)]),
@@ -524,11 +550,12 @@ SECTIONS = {  # name: (function, title, {column: (heading, format)})
 }
 
 
-# ---- 4. What was expected -----------------------------------------------------------------------------------------------------------
+# ---- 4. What was expected ------------------------------------------------------------------------
 
 
 def written_share(row) -> float:
-    """Checkpoint writes in a run's time at the paper's batch and spacing: a write, in tokens trained meanwhile, over those between two."""
+    """Checkpoint writes in a run's time at the paper's batch and spacing: a write, in tokens
+    trained meanwhile, over those between two."""
     paper = model.scale_config(model.SCALES["gpt2-small"])
     return (
         row["checkpoint"]["median"]
@@ -627,7 +654,7 @@ def reach(kept) -> list[dict]:
     return found
 
 
-# ---- 5. Command line ----------------------------------------------------------------------------------------------------------------
+# ---- 5. Command line -----------------------------------------------------------------------------
 
 
 def cell(value, form: str) -> str:
@@ -674,7 +701,8 @@ def installed(package: str) -> str | None:
 
 
 def circumstances() -> dict:
-    """What the numbers hold for. The load, of the minute before, tells whether the machine was quiet."""
+    """What the numbers hold for. The load, of the minute before, tells whether the machine was
+    quiet."""
     cpus = Path("/proc/cpuinfo")
     cpu = (
         cpus.read_text().partition("model name\t: ")[2].partition("\n")[0] if cpus.exists() else ""

@@ -1,4 +1,5 @@
-"""model.py: the GPT against transformers, training against a textbook loop, kills at any moment, evaluation, the command line."""
+"""model.py: the GPT against transformers, training against a textbook loop, kills at any moment,
+evaluation, the command line."""
 
 import base64
 import csv
@@ -44,11 +45,12 @@ BYTES_PER_TOKEN = (
 )
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 def write_corpus(folder, seed=0, vocab_size=257, train_tokens=20_000, val_tokens=3000, **meta):
-    """A corpus as data/corpus.py writes it: random words in UTF-8, one token per byte, end-of-text is 256."""
+    """A corpus as data/corpus.py writes it: random words in UTF-8, one token per byte,
+    end-of-text is 256."""
     rng = np.random.default_rng(seed)
     words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 8)))) for _ in range(60)]
     folder.mkdir(parents=True)
@@ -170,7 +172,7 @@ def changed(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
-# ---- child processes ----------------------------------------------------------------------------------------------------------------
+# ---- child processes -----------------------------------------------------------------------------
 
 SERVER = """
 import json, os, resource, signal, sys
@@ -277,12 +279,13 @@ def until(happened, seconds=60):
         time.sleep(0.002)
 
 
-# ---- killed, interrupted, out of disk -----------------------------------------------------------------------------------------------
+# ---- killed, interrupted, out of disk ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def long(config):
-    """Accumulation, clipping, two online averages and validation: all that a resume has to bring back."""
+    """Accumulation, clipping, two online averages and validation: all that a resume has to bring
+    back."""
     return changed(
         config,
         max_iters=36,
@@ -314,7 +317,8 @@ def assert_whole(folder, want):
 
 
 def go_on_to_the_end(child, argv, folder, want):
-    """Finish a killed run; the checkpoints before its last two must not be written again, or it began anew."""
+    """Finish a killed run; the checkpoints before its last two must not be written again, or it
+    began anew."""
     kept = sorted(folder.glob("ckpt_*.safetensors"), key=lambda path: path.stat().st_mtime_ns)[:-2]
     before = {path: path.stat().st_mtime_ns for path in kept}
     process = child(*argv)
@@ -325,7 +329,8 @@ def go_on_to_the_end(child, argv, folder, want):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_while_touching_files(seed, long, undisturbed, child, tmp_path):
-    """Five kills per run, each at a random opening, renaming or removal: in checkpoints, resume states, rows."""
+    """Five kills per run, each at a random opening, renaming or removal: in checkpoints, resume
+    states, rows."""
     rng, killed = random.Random(seed), 0
     folder = tmp_path / "run"
     argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
@@ -340,7 +345,8 @@ def test_killed_while_touching_files(seed, long, undisturbed, child, tmp_path):
 
 
 def test_killed_at_twenty_random_moments(long, undisturbed, child, tmp_path):
-    """The moments are spread over a run's time on this machine; a run that survives is compared and the next one begun."""
+    """The moments are spread over a run's time on this machine; a run that survives is compared
+    and the next one begun."""
     rng, number, killed = random.Random(20), 0, 0
     while killed < 20:
         folder = tmp_path / f"run{number}"
@@ -409,7 +415,8 @@ def test_two_processes_of_one_run(long, undisturbed, child, tmp_path):
 
 @pytest.mark.parametrize("largest_file, survives", [(600_000, "checkpoints"), (300_000, "nothing")])
 def test_full_disk(largest_file, survives, long, undisturbed, child, command, tmp_path):
-    """Files may not grow beyond a limit: first resume states (1.5 MB) cannot be written, then not even checkpoints (0.5 MB)."""
+    """Files may not grow beyond a limit: first resume states (1.5 MB) cannot be written, then
+    not even checkpoints (0.5 MB)."""
     folder = tmp_path / "run"
     argv = ["train", *flags(long, folder, state_seconds=0, eval_interval=5)]
     status, _, err = command(*argv, largest_file=largest_file)
@@ -441,7 +448,7 @@ def test_real_command_killed_and_resumed(long, undisturbed, tmp_path):
     assert_same_run(folder, undisturbed[0])
 
 
-# ---- what training computes ---------------------------------------------------------------------------------------------------------
+# ---- what training computes ----------------------------------------------------------------------
 
 
 def naive_rate(schedule, step, lr, total, warmup, floor, cooldown):
@@ -495,7 +502,8 @@ def test_learning_rate(schedule, total, warmup, floor, cooldown):
 
 
 def naive_training(config, tokens, vocab_size):
-    """The recipe written out, one tensor at a time: mean loss of the whole batch, clipping, AdamW with decay on matrices only.
+    """The recipe written out, one tensor at a time: mean loss of the whole batch, clipping,
+    AdamW with decay on matrices only.
 
     Returns the rows, the initial weights, and the weights after every step.
     """
@@ -562,7 +570,8 @@ def test_training_is_the_textbook_loop(name, config, corpus, tmp_path):
 
 
 def test_recipes_differ(config, corpus):
-    """What the test above tells apart: the recipes end far from one another, by more than its tolerance."""
+    """What the test above tells apart: the recipes end far from one another, by more than its
+    tolerance."""
     ends = {}
     for name, fields in RECIPES.items():
         _, start, trail = naive_training(
@@ -576,7 +585,8 @@ def test_recipes_differ(config, corpus):
 
 
 def test_weight_decay_on_matrices_only(config, tmp_path):
-    """After one step from the same weights: layer norms agree bit for bit, matrices differ by lr * decay * weight."""
+    """After one step from the same weights: layer norms agree bit for bit, matrices differ by lr
+    * decay * weight."""
     one = changed(config, max_iters=1, warmup_iters=0, ckpt_interval=1)
     without, decayed = (
         weights(train(changed(one, weight_decay=decay), tmp_path / str(decay)), 1)
@@ -654,7 +664,8 @@ def test_training_learns(config, tmp_path):
 
 
 def test_ema_trajectories(config, tmp_path):
-    """Each beta leaves a trajectory of its own; it is the EMA of every step, also between checkpoints."""
+    """Each beta leaves a trajectory of its own; it is the EMA of every step, also between
+    checkpoints."""
     betas = ["0.5", "0.9"]
     every = train(changed(config, ckpt_interval=1), tmp_path / "every")
     run = train(
@@ -705,7 +716,9 @@ def test_a_run_that_begins_with_another_has_the_bits_it_has_alone(
     assert_same_run(first, train(trunk, tmp_path / "again"))
 
 
-def test_a_run_that_has_begun_goes_on_from_its_own_state(config, run, tmp_path, nan_at, monkeypatch):
+def test_a_run_that_has_begun_goes_on_from_its_own_state(
+    config, run, tmp_path, nan_at, monkeypatch
+):
     first = train(config, tmp_path / "first", state_at=[4])
     other = train(changed(config, lr=1e-2), tmp_path / "other", state_at=[4])
     folder = tmp_path / "run"
@@ -722,7 +735,8 @@ def test_a_run_whose_beginning_is_gone_begins_by_itself(config, run, tmp_path):
 
 
 def test_run_folder(config, run):
-    """What DESIGN.md lists, and no more: nothing half-written, no resume state once the run is finished."""
+    """What DESIGN.md lists, and no more: nothing half-written, no resume state once the run is
+    finished."""
     assert listing(run) == sorted(
         [
             "config.json",
@@ -748,7 +762,7 @@ def test_bf16_autocast(config, run, tmp_path):
     assert {tensor.dtype for tensor in weights(other, 12).values()} == {torch.float32}
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def test_batches_are_a_function_of_seed_and_step(config):
@@ -789,7 +803,7 @@ def test_batches_are_contiguous_and_reach_both_ends(config):
     assert set(drawn[:, 0]) == set(range(10))
 
 
-# ---- run folders and refusals -------------------------------------------------------------------------------------------------------
+# ---- run folders and refusals --------------------------------------------------------------------
 
 OTHER_TEXT = {
     "preset": "micro",
@@ -853,7 +867,8 @@ def test_a_start_from_weights_is_named_by_their_content(config, run, tmp_path):
 
 
 def test_start_from_weights(config, run, tmp_path):
-    """It begins with those weights, at that step of schedule and batches, with a fresh optimizer."""
+    """It begins with those weights, at that step of schedule and batches, with a fresh
+    optimizer."""
     start = train(
         changed(config, init_from=str(run / "ckpt_4.safetensors"), init_step=4, max_iters=6),
         tmp_path / "start",
@@ -876,7 +891,8 @@ def test_burst(config, run, tmp_path):
 
 
 def test_held_rate(config):
-    """Cosine until the share hold_frac of the steps, then the rate it had there: what SWA asks for."""
+    """Cosine until the share hold_frac of the steps, then the rate it had there: what SWA asks
+    for."""
     held = changed(config, hold_frac=0.75)
     assert [learning_rate(held, step) for step in range(9)] == [
         learning_rate(config, step) for step in range(9)
@@ -950,8 +966,8 @@ def torchrun(script, config, folder, *options, **environment):
 
 
 def test_two_ranks_are_one_run(config, tmp_path):
-    """torchrun with two processes: the same batches, losses and weights within fp32 noise; and the same bits when it is run again, or when
-    a rank is lost on the way."""
+    """torchrun with two processes: the same batches, losses and weights within fp32 noise; and
+    the same bits when it is run again, or when a rank is lost on the way."""
     one, two, again, lost = (
         train(config, tmp_path / "one"),
         *(tmp_path / name for name in ("two", "again", "lost")),
@@ -987,7 +1003,10 @@ def test_two_ranks_accumulate(config, tmp_path):
     """Two micro-batches a rank, whose gradients travel once, are the same run within fp32 noise."""
     one, two = train(config, tmp_path / "one"), tmp_path / "two"
     done = torchrun(
-        ROOT / "model.py", changed(config, batch_size=1, gradient_accumulation_steps=4), two, "--standalone"
+        ROOT / "model.py",
+        changed(config, batch_size=1, gradient_accumulation_steps=4),
+        two,
+        "--standalone",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=2e-5)
@@ -1045,7 +1064,8 @@ def test_a_folder_of_another_run_is_refused(config, run, command):
 
 
 def test_a_folder_of_another_text_is_refused(config, tmp_path):
-    """A run named by hand whose corpus was prepared anew from another text would mix two trainings."""
+    """A run named by hand whose corpus was prepared anew from another text would mix two
+    trainings."""
     corpus = write_corpus(tmp_path / "mine")
     config = changed(config, corpus=str(corpus))
     run = train(config, tmp_path / "run")
@@ -1158,12 +1178,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, config, command, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "argv, words",
-    [
-        (("sample", "nowhere"), "nowhere"),
-        (("dance",), "dance"),
-        ((), "command"),
-    ],
+    "argv, words", [(("sample", "nowhere"), "nowhere"), (("dance",), "dance"), ((), "command")]
 )
 def test_other_commands_refuse(argv, words, command, tmp_path):
     status, out, err = command(*argv)
@@ -1180,7 +1195,7 @@ def test_config_is_frozen_and_knows_its_fields(config):
         Config(learning_rate=1.0)
 
 
-# ---- corpora ------------------------------------------------------------------------------------------------------------------------
+# ---- corpora -------------------------------------------------------------------------------------
 
 
 def test_open_corpus(corpus):
@@ -1260,7 +1275,7 @@ def test_a_corpus_shorter_than_a_block_is_refused(sizes, words, config, tmp_path
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
-# ---- evaluation ---------------------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 
 class Recorder(GPT):
@@ -1503,7 +1518,7 @@ def test_a_trajectory_that_is_none_is_refused(tmp_path, copied):
     assert not (copied / "eval.csv").exists()
 
 
-# ---- the GPT ------------------------------------------------------------------------------------------------------------------------
+# ---- the GPT -------------------------------------------------------------------------------------
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "vocab_size": 97}
 IDX = torch.from_numpy(np.random.default_rng(1).integers(0, 97, (2, 24)))
@@ -1579,7 +1594,8 @@ def test_transformers_loads_what_save_hf_writes(scaled, bias, gelu, tmp_path):
 
 
 def as_hub_file(state):
-    """The names of the Hub's openai-community/gpt2: no prefix, causal masks as buffers, no output layer."""
+    """The names of the Hub's openai-community/gpt2: no prefix, causal masks as buffers, no
+    output layer."""
     found = {
         name.removeprefix("transformer."): tensor
         for name, tensor in state.items()
@@ -1752,7 +1768,8 @@ def test_too_long_a_sequence_is_refused(net):
 
 
 def test_initial_weights():
-    """normal(0, 0.02), residual projections divided by sqrt(2 n_layer), norms 1, biases 0 (GPT-2)."""
+    """normal(0, 0.02), residual projections divided by sqrt(2 n_layer), norms 1, biases 0
+    (GPT-2)."""
     config = GPTConfig(4, 4, 128, 64, 512, bias=True)
     for name, p in GPT(config, 3).named_parameters():
         if p.dim() == 1:
@@ -1806,7 +1823,7 @@ def test_parameter_counts_of_the_papers_sizes(name):
     )
 
 
-# ---- scales -------------------------------------------------------------------------------------------------------------------------
+# ---- scales --------------------------------------------------------------------------------------
 
 PAPER = {  # tokens per step, checkpoint interval, usual rate, high rate, final rate of the high one
     "gpt2-small": (393_216, 200, 6e-4, 6e-3, 6e-4),
@@ -1832,7 +1849,11 @@ def test_the_papers_scales(name):
         0.1,
         1.0,
     )
-    assert config.batch_size * config.gradient_accumulation_steps * 1024 == config.tokens_per_step == tokens
+    assert (
+        config.batch_size * config.gradient_accumulation_steps * 1024
+        == config.tokens_per_step
+        == tokens
+    )
     swept = model.scale_config(model.scale_values(name), lr=high)
     assert learning_rate(swept, 70_000) == pytest.approx(final, rel=1e-6)
 
@@ -1847,7 +1868,7 @@ def test_every_scale_is_consistent(name):
     )  # a full window past the warm-up
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def test_sample_is_deterministic_text(run, command):
@@ -1880,7 +1901,7 @@ def test_sample_refuses(argv, words, run, command):
     assert len(err.splitlines()) == 1 and all(word in err for word in words.split())
 
 
-# ---- importing, compiling -----------------------------------------------------------------------------------------------------------
+# ---- importing, compiling ------------------------------------------------------------------------
 
 IMPORT = """
 import json, sys
@@ -1915,7 +1936,8 @@ def test_import_from_anywhere_does_no_work(tmp_path):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiling(request, config, tmp_path_factory):
-    """Compiling takes a good part of a minute: it begins in the background with the first test, if its own will be run at all."""
+    """Compiling takes a good part of a minute: it begins in the background with the first test,
+    if its own will be run at all."""
     if not any(item.name == "test_torch_compile" for item in request.session.items):
         yield None
         return
