@@ -973,9 +973,11 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
 
 def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes of floats as an array that numpy can count with, exactly."""
-    if dtype == "BF16":
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return raw.view(DTYPES[dtype][0])
+    if dtype != "BF16":
+        return raw.view(DTYPES[dtype][0])
+    bits = raw.view("<u2").astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -984,16 +986,20 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
         if dtype != "BF16":
             return values.astype(DTYPES[dtype][0]).view(np.uint8)
         single = values.astype(np.float32)
-    bits = single.view(np.uint32)
+    bits, nan = single.view(np.uint32), np.isnan(single)
     # Rounding twice, to fp32 and to bf16, errs only where the first lands half-way between two
     # bf16: there, step off to the side on which the value is.
-    half = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+    half = np.flatnonzero(bits.view("<u2")[::2] == 0x8000)
     aside = np.sign(np.abs(values[half]) - np.abs(single[half]))
     bits[half] += aside.astype(np.int32).view(np.uint32)
-    nan = np.isnan(single)
-    bits += ((bits >> 16) & 1) + 0x7FFF
-    bits[nan] = 0x7FC0 << 16
-    return (bits >> 16).astype("<u2").view(np.uint8)
+    even = bits >> 16
+    even &= 1
+    even += 0x7FFF
+    bits += even
+    bits >>= 16
+    if nan.any():
+        bits[nan] = 0x7FC0
+    return bits.astype("<u2").view(np.uint8)
 
 
 def finite(data: np.ndarray, dtype: str) -> bool:

@@ -825,7 +825,10 @@ def test_same_config_same_folder(config, corpus, tmp_path):
     folder = run_dir(config, tmp_path)
     assert folder == run_dir(dataclasses.replace(config), tmp_path)
     assert folder.parent == tmp_path and folder.name.startswith("tiny-nano-")
-    code = "import sys, json, model; print(model.run_dir(model.Config(**json.loads(sys.argv[1])), sys.argv[2]))"
+    code = (
+        "import sys, json, model; config = model.Config(**json.loads(sys.argv[1])); "
+        "print(model.run_dir(config, sys.argv[2]))"
+    )
     argv = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
     done = subprocess.run(
@@ -1798,7 +1801,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert ref.state_bits(GPT(config, 6).state_dict()) != first
 
 
-SIZES = {  # layers, heads, width, and the millions of parameters that these sizes of GPT-2 are known to have
+SIZES = {  # layers, heads, width, and the millions of parameters that these sizes are known to have
     "gpt2-small": (12, 12, 768, 124),
     "gpt2-medium": (24, 16, 1024, 355),
     "gpt2-large": (36, 20, 1280, 774),
