@@ -2,6 +2,7 @@
 
     python benchmarks/averaging.py           everything at GPT-2-124M's size, about 20 minutes
     python benchmarks/averaging.py --only A --size small
+    python benchmarks/averaging.py --only A B C --beside ANOTHER_CHECKOUT
 
 A  one mean of k = 5 checkpoints: fp32, bf16, and a 1.4B-parameter model in bf16 for its memory
 B  a sliding window over N = 20 checkpoints, k = 3, 5, 10, every full window written
@@ -722,6 +723,22 @@ def machine(load: float, peers: Path) -> dict:
     }
 
 
+def beside(other: Path, contenders: list[Contender]) -> list[Contender]:
+    """The floor, and the averager of this checkout and of another one in turns; no peers."""
+    turns = []
+    for contender in contenders:
+        if contender.name.startswith(("floor", "lawa")):
+            turns.append(contender)
+        if contender.name.startswith("lawa"):
+            commands = []
+            for command in contender.commands:
+                python, script, *rest = command
+                script = str(other / Path(script).relative_to(ROOT))
+                commands.append([python, script, *rest])
+            turns.append(Contender(f"{contender.name}, beside", commands, contender.checks))
+    return turns
+
+
 def run_files(workload: Workload, args, progress) -> dict:
     """A workload of files. Errors: Failed when the disk is too small."""
     folder = args.dir / f"{workload.fixture}-{args.size}"
@@ -739,6 +756,8 @@ def run_files(workload: Workload, args, progress) -> dict:
     # warm: nobody pays for a cold cache
     measure([["cat", *map(str, inputs)]], out.with_suffix(".log"))
     contenders = workload.contenders(inputs, out, args.python)
+    if args.beside:
+        contenders = beside(args.beside, contenders)
     runs, errors, notes = take_turns(contenders, args.repeats, out, progress)
     rows = table_rows(runs, errors)
     return {"n": args.repeats, "input_bytes": size * len(inputs), "rows": rows, "notes": notes}
@@ -808,10 +827,18 @@ def parse_args() -> argparse.Namespace:
         default=scratch / "lawa-peers",
         help="the peers' environment, kept (default %(default)s)",
     )
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        help="another checkout, whose averager takes turns with this one's; without the peers, and "
+        "results go to --dir",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    if args.beside and not (args.beside / "lawa_core.py").exists():
+        parser.error(f"--beside must be a checkout of this project, got {args.beside}")
     return args
 
 
@@ -829,10 +856,10 @@ def main() -> int:
     args = parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     args.python = args.peers / "bin" / "python"
-    if {*args.only} & {*"AD"}:
+    if {*args.only} & {*"AD"} and not args.beside:
         args.python = make_peers(args.peers.absolute())
     results = args.dir / "averaging.json"
-    if args.size == "full":
+    if args.size == "full" and not args.beside:
         results = Path(__file__).with_suffix(".json")
     todo = [w for w in WORKLOADS if w.name[0] in args.only]
     about = machine(load, args.python)
@@ -875,7 +902,7 @@ def main() -> int:
         return 130
     finally:
         remove(args, FIXTURES if args.keep else ())
-        if measured and args.size == "full":
+        if measured and args.size == "full" and not args.beside:
             renew_docs()
     print(f"{markdown(measured)}\n\nresults in {results}")
     return 0 if measured else 1
