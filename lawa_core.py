@@ -73,6 +73,17 @@ def explained(text: str):
         raise LawaError(f"{text} ({reason})") from None
 
 
+class Lines:
+    """tqdm's output as whole lines, for logs and notebooks, where no carriage return goes back."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def progress(total: float | None, desc: str = "", unit: str = "it", **options):
     """A tqdm bar on a terminal; elsewhere a line every five seconds, none for shorter work.
 
@@ -84,9 +95,11 @@ def progress(total: float | None, desc: str = "", unit: str = "it", **options):
         silent = SimpleNamespace(n=0, update=lambda n: None, set_postfix_str=lambda text: None)
         return contextlib.nullcontext(silent)
     if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
-        options = {"file": sys.stdout, "mininterval": 5, "delay": 5, "bar_format": line} | options
-    return tqdm(total=total, desc=desc, unit=unit, **options)
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+        options = {"file": Lines(), "mininterval": 5, "delay": 5, "bar_format": line} | options
+    bar = tqdm(total=total, desc=desc, unit=unit, **options)
+    bar.set_postfix_str = functools.partial(bar.set_postfix_str, refresh=False)
+    return bar
 
 
 # ---- 2. Schemes ----------------------------------------------------------------------------------
@@ -724,7 +737,8 @@ def sidecar(path: Path) -> Path:
 
 # ---- 4. Trajectories -----------------------------------------------------------------------------
 
-NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|training_args|trainer|resume|^\.", re.IGNORECASE)
+NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|training_args|trainer|resume|^state_\d+\.pt$|^\.",
+                         re.IGNORECASE)
 ALLOW = ("nonfinite", "duplicates", "averages")  # what an average may be forced to accept
 SOURCES: dict[str, Callable] = {}  # "hub": opens what stands behind "hub:"; lab.hub puts it in
 

@@ -790,6 +790,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         done = config.init_step
         if saved:
             done = saved["step"]
+            require(set(averages) <= set(saved["averages"]) and done <= config.max_iters,
+                    f"{resume}, of step {done}, is not of a run that trained alike; remove {folder}")
             net.load_state_dict(saved["net"])
             optimizer.load_state_dict(saved["optimizer"])
             for text, average in averages.items():
@@ -838,9 +840,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         while done < config.max_iters:
             # the next batch, (sequences, block_size + 1), is cut while a GPU still computes
             tokens = corpus.known(batch(corpus.train, config, done, rank, world))
-            if device.type == "cuda":
-                tokens = tokens.pin_memory().to(device, non_blocking=True)
-            tokens = tokens.to(device)
+            tokens = tokens.pin_memory() if device.type == "cuda" else tokens
+            tokens = tokens.to(device, non_blocking=True)
             loss, norm = train_step(network, optimizer, tokens, config, done, ddp)
             done += 1
             for average in averages.values():

@@ -70,13 +70,18 @@ PRODUCTS = (
     (1024, 768, 3072),
     (2048, 2048, 2048),
 )  # tokens, width in, width out
-SHORTER = 5  # times as many rounds of growth, each as much shorter: a shared machine changes its speed within seconds
-TOLERANCE = 3e-6  # of a loss, relative: about 25 fp32 ulps; no weight decay, twice the scale in one layer show at 1e-5 within ten steps
+# times as many rounds of growth, each as much shorter: a shared machine changes its speed within
+# seconds
+SHORTER = 5
+# of a loss, relative: about 25 fp32 ulps; no weight decay, twice the scale in one layer show at
+# 1e-5 within ten steps
+TOLERANCE = 3e-6
 EXAMPLES = """examples
-  python benchmarks/training.py                       everything, about a quarter of an hour on two quiet cores
+  python benchmarks/training.py                       everything, a quarter of an hour on two cores
   python benchmarks/training.py --quick               under a minute
-  python benchmarks/training.py --only growth costs   these again; the other sections' numbers stay in the file
-exit status: 0 measured, whether or not what was expected was reached; 1 a contestant disagrees or fails; 2 bad usage; 130 interrupted"""
+  python benchmarks/training.py --only growth costs   these again; the others' numbers stay
+exit status: 0 measured, whether or not what was expected was reached; 1 a contestant disagrees or
+fails; 2 bad usage; 130 interrupted"""
 
 
 # ---- 1. The contestants --------------------------------------------------------------------------
@@ -226,7 +231,8 @@ def contestants(ours, config, corpus, folder) -> dict:
             loss = float(step(*ours.batch(i)))
             if not math.isclose(loss, losses[i], rel_tol=TOLERANCE):
                 raise LawaError(
-                    f"{config.preset}, step {i + 1}: expected {name} to have the project's loss {losses[i]}, got {loss}"
+                    f"{config.preset}, step {i + 1}: expected {name} to have the project's loss "
+                    f"{losses[i]}, got {loss}"
                 )
     batch = functools.partial(draw, corpus.train, config.batch_size, shape.block_size)
     return {"project": ours.step} | {
@@ -297,9 +303,8 @@ def launch(commands) -> float:
             process.wait()
     for process, error in zip(running, errors, strict=True):
         if process.returncode:
-            raise LawaError(
-                f"a training process ended with {process.returncode}: {(error.strip().splitlines() or ['no message'])[-1]}"
-            )
+            said = (error.strip().splitlines() or ["no message"])[-1]
+            raise LawaError(f"a training process ended with {process.returncode}: {said}")
     return sum(
         json.loads(Path(words[-1], "summary.json").read_text())["tokens_per_second"]
         for words in commands
@@ -515,7 +520,8 @@ SECTIONS = {  # name: (function, title, {column: (heading, format)})
     ),
     "costs": (
         costs,
-        f"What else a run does, in training steps (100%: as long as one; evaluation of {model.BLOCKS} blocks)",
+        "What else a run does, in training steps (100%: as long as one; "
+        f"evaluation of {model.BLOCKS} blocks)",
         {
             "preset": ("preset", ""),
             "checkpoint": ("checkpoint write", ".1%"),
@@ -568,7 +574,9 @@ def median(column: str):
     return lambda row: row[column]["median"]
 
 
-REACH = (  # what, section, value of a row, rows that count, at least (1) or at most (-1), bound, format; the worst row is judged
+# what, section, value of a row, rows that count, at least (1) or at most (-1), bound, format; the
+# worst row is judged
+REACH = (
     (
         "share of the matrix-product rate at laptop",
         "growth",
@@ -648,7 +656,8 @@ def reach(kept) -> list[dict]:
                 "expected": bound,
                 "measured": measured,
                 "reached": reached,
-                "line": f"{what}: expected at {'least' if sign > 0 else 'most'} {bound:{form}}, {where}{words}",
+                "line": f"{what}: expected at {'least' if sign > 0 else 'most'} {bound:{form}}, "
+                f"{where}{words}",
             }
         )
     return found
@@ -756,7 +765,7 @@ def parse(argv):
     parser.add_argument(
         "--repeats",
         type=int,
-        help="rounds (default 5, with --quick 1; of growth five times as many; gpt2-small always 3)",
+        help="rounds (default 5, --quick 1; of growth five times as many; gpt2-small always 3)",
     )
     parser.add_argument(
         "--threads",
@@ -795,7 +804,8 @@ def main(argv=None) -> int:
     found = circumstances()
     if found["load"] > 0.5:
         note(
-            f"the machine is busy (load {found['load']}): every number below is suspect, ratios of two processes to one most of all"
+            f"the machine is busy (load {found['load']}): every number below is suspect, "
+            "ratios of two processes to one most of all"
         )
     model.RUNS.mkdir(exist_ok=True)  # temporary files go where runs go: to the same disk
     try:

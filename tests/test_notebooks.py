@@ -1,4 +1,4 @@
-"""The notebook contract of DESIGN.md, for every notebook, as committed; and what bad parameters meet."""
+"""The notebook contract, for every notebook, as committed; and what bad parameters meet."""
 
 import ast
 import collections
@@ -60,7 +60,7 @@ def test_there_are_notebooks():
     assert "lr_sweep" in [path.stem for path in NOTEBOOKS]
 
 
-# ---- as committed -------------------------------------------------------------------------------------------------------------------
+# ---- as committed ----
 
 
 @each
@@ -156,6 +156,12 @@ def test_prose_calls_and_figures_only(path):
     )
 
 
+@each
+def test_code_is_at_most_100_columns_wide(path):
+    lines = [line for source, _ in cells(path, "code") for line in source.splitlines()]
+    assert [line for line in lines if len(line) > 100] == []
+
+
 def test_no_helper_is_copied():
     """A function that two notebooks define belongs in one of the files."""
     seen = collections.defaultdict(set)
@@ -169,7 +175,7 @@ def test_no_helper_is_copied():
     assert {body: names for body, names in seen.items() if len(names) > 1} == {}
 
 
-# ---- parameters and set-up in a kernel ----------------------------------------------------------------------------------------------
+# ---- parameters and set-up in a kernel ----
 
 
 class Kernel:
@@ -179,7 +185,10 @@ class Kernel:
         self.client = client
 
     def run(self, *sources):
-        """The error (name, message) of the first source that raises one, in an empty namespace, else None."""
+        """The error (name, message) of the first source that raises one, else None.
+
+        They run one after the other in an empty namespace.
+        """
         for source in ("%reset -f", *sources):
             messages = []
             reply = self.client.execute_interactive(
@@ -269,7 +278,10 @@ BAD = {  # parameters, and words of the one line that answers
 @each
 @pytest.mark.parametrize("case", BAD)
 def test_bad_parameters(path, case, kernel, corpus, tmp_path):
-    """One clear LawaError that names the parameter, before anything is written. A parameter the notebook lacks is an unknown one."""
+    """One clear LawaError that names the parameter, before anything is written.
+
+    A parameter the notebook lacks is an unknown one.
+    """
     wrong, words = BAD[case]
     before, good = folders(), {"corpus": str(corpus), "out": str(tmp_path / "out")}
     values = {name: value for name, value in good.items() if has(path, name)} | wrong
@@ -284,7 +296,10 @@ def test_bad_parameters(path, case, kernel, corpus, tmp_path):
 
 @each
 def test_committed_parameters_are_accepted(path, kernel, corpus, tmp_path):
-    """The set-up of every notebook passes with its own parameters, from any folder; it trains and writes nothing yet."""
+    """The set-up of every notebook passes with its own parameters, from any folder.
+
+    It trains and writes nothing yet.
+    """
     before, good = folders(), {"corpus": str(corpus), "out": str(tmp_path / "out")}
     assert (
         kernel.run(

@@ -134,6 +134,7 @@ def test_runs_that_begin_with_another_end_in_the_bits_they_have_alone(config, tm
     (first,) = train_all([trunk], jobs, state_at=list(later))
     alone = train(trunk, tmp_path / "trunk", threads=threads, state_at=list(later))
     assert_same_run(first, alone)
+    assert lawa_core.open_trajectory(first).steps == trunk.checkpoint_steps  # states are no weights
     before = digest(first)
     states = [first / f"state_{step}.pt" for step in later]
     folders = train_all(later.values(), jobs, resume_from=states)
