@@ -36,7 +36,7 @@ from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,7 +103,7 @@ def progress(total: float | None, desc: str = "", unit: str = "it", **options):
 
 
 # ---- 2. Schemes ----------------------------------------------------------------------------------
-# A scheme is a function from (available steps, target step) to relative weights {step: weight}.
+# A scheme is a function from (available steps, target step) to {step: weight}, summing to 1.
 
 def some(steps) -> str:
     """A few of many steps, for an error."""
@@ -136,6 +136,10 @@ def latest(steps, at: int, start: int, every: int | None, anchor: int, k: int = 
     return wanted
 
 
+def equal(window) -> dict[int, float]:
+    return dict.fromkeys(window, 1 / len(window))
+
+
 class Scheme:
     """What the schemes share: counts and durations in steps are whole numbers of at least 1."""
 
@@ -164,8 +168,7 @@ class lawa(Scheme):
     start: int = 0
 
     def __call__(self, steps, at):
-        window = latest(steps, at, self.start, self.spacing, at, self.k)
-        return dict.fromkeys(window, 1.0) or {at: 1.0}
+        return equal(latest(steps, at, self.start, self.spacing, at, self.k) or [at])
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,7 @@ class swa(Scheme):
     every: int | None = None
 
     def __call__(self, steps, at):
-        window = latest(steps, at, self.start, self.every, self.start)
-        return dict.fromkeys(window, 1.0) or {at: 1.0}
+        return equal(latest(steps, at, self.start, self.every, self.start) or [at])
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ class explicit(Scheme):
         if len(window) < len(self.weights):
             raise LawaError(f"{len(self.weights)} weights need as many checkpoints by step {at}; "
                             f"there are {len(window)}")
-        return dict(zip(window, self.weights, strict=True))
+        total = math.fsum(self.weights)
+        return {step: w / total for step, w in zip(window, self.weights, strict=True)}
 
 
 SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay, explicit)}
@@ -297,25 +300,28 @@ class Row:
 
         sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
 
-    keep is 1 and the adds are relative weights, so a mean is a sum with one division; only an EMA
-    has its beta there, so that its row at the next target can go on from this one's sum, as SWA's
-    does (see `chain`). weights: {step: weight}, ascending, without zeros, summing to 1.
+    keep is 1 and the adds are the weights, or 1 where all are equal, so a mean is a sum with one
+    division; only an EMA has its beta there, so that its row at the next target can go on from
+    this one's sum, as SWA's does (see `chain`).
+    weights: {step: weight}, ascending, without zeros, divided by their sum.
     """
 
     def __init__(self, scheme, steps, at: int):
         if at not in steps:
             raise LawaError(f"no checkpoint at step {at}; there are {some(steps)}")
-        relative = {step: float(weight) for step, weight in sorted(scheme(steps, at).items())}
-        total = math.fsum(relative.values())
-        if not set(relative) <= set(steps) or not 1e-12 < abs(total) < math.inf:
+        given = {step: float(weight) for step, weight in sorted(scheme(steps, at).items())}
+        total = math.fsum(given.values())
+        if not set(given) <= set(steps) or not 1e-12 < abs(total) < math.inf:
             raise LawaError(f"{scheme} gives weights that sum to {total} over steps "
-                            f"{some(list(relative))}; expected another sum, on available steps")
-        self.add = {step: weight for step, weight in relative.items() if weight}
-        self.weights = {step: weight / total for step, weight in self.add.items()}
-        self.keep, self.total = 1.0, np.longdouble(0)
-        if isinstance(scheme, ema) and len(self.weights) > 1:
-            self.keep, self.add = scheme.beta, dict.fromkeys(relative, 1.0)
-            self.add[min(relative)] = 1 / (1 - scheme.beta)
+                            f"{some(list(given))}; expected 1, on available steps")
+        self.weights = {step: weight / total for step, weight in given.items() if weight}
+        self.keep, self.add = 1.0, self.weights
+        if isinstance(scheme, ema) and scheme.beta:
+            self.keep, self.add = scheme.beta, dict.fromkeys(given, 1.0)
+            self.add[min(given)] = 1 / (1 - scheme.beta)
+        elif len(set(self.weights.values())) == 1:
+            self.add = dict.fromkeys(self.weights, 1.0)
+        self.total = np.longdouble(0)
         for add in self.add.values():
             self.total = self.keep * self.total + add
         self.newest = max(self.add)
@@ -324,12 +330,20 @@ class Row:
 
 
 def chain(rows: list[Row]) -> list[Row]:
-    """Let each row go on from the sum of the row before it, if it begins as that one did."""
-    for before, this in pairwise(rows):
-        begun, own = list(before.add.items()), list(this.add.items())
-        if len(begun) > 1 and before.keep == this.keep and own[:len(begun)] == begun:
-            this.goes_on = before.kept = True
-            this.todo = dict(own[len(begun):])
+    """The rows of one scheme, each going on from the sum of the row before it if all can.
+
+    A window that slides must be summed anew, since what leaves it would leave its rounding behind.
+    """
+    pairs = list(pairwise(rows))
+    begun = []
+    for before, this in pairs:
+        first = list(this.add.items())[:len(before.add)]
+        begun.append(this.keep == before.keep and first == list(before.add.items()))
+    if all(goes or len(before.add) == 1 for goes, (before, _) in zip(begun, pairs, strict=True)):
+        for goes, (before, this) in zip(begun, pairs, strict=True):
+            if goes:
+                this.goes_on = before.kept = True
+                this.todo = dict(list(this.add.items())[len(before.add):])
     return rows
 
 
@@ -948,7 +962,7 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
         for m, this in enumerate(rows):
             data = raws[this.newest]
             lone = len(this.add) == 1 and opened[this.newest].data[name].dtype == dtype
-            if dtype in FLOATS and not (lone and sums is None):
+            if dtype in FLOATS and (this.kept or not lone):
                 begun = this.goes_on
                 for step, add in this.todo.items():
                     if not begun:
@@ -1063,7 +1077,7 @@ def layout(opened: Mapping[int, Checkpoint]) -> tuple[dict[str, Stored], dict[st
 
 
 def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = None, *,
-          on_disk: bool = False, allow=ALLOW) -> Iterator[tuple[int, str, dict]]:
+          on_disk: bool = False, allow=()) -> Iterator[tuple[int, str, dict]]:
     """Yield (step, name, {tensor: fresh torch.Tensor}) for every target step and scheme, in order.
 
     at: targets, default all steps. Checkpoints are opened in order, read once, and let go after
@@ -1139,7 +1153,9 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     if not outputs or dtype not in (None, *FLOATS):
         raise LawaError(f"expected one output or more and a dtype of {', '.join(FLOATS)}, got "
                         f"{len(outputs)} and {dtype!r}")
-    rows = chain([Row(scheme, trajectory.steps, at) for scheme, at in outputs.values()])
+    rows = []
+    for scheme, group in groupby(outputs.values(), key=lambda output: output[0]):
+        rows += chain([Row(scheme, trajectory.steps, at) for _, at in group])
     opened, problems = open_steps(trajectory, {step for this in rows for step in this.add}, allow)
     refuse(problems)
     wanted, ties = layout(opened)

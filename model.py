@@ -791,7 +791,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         if saved:
             done = saved["step"]
             require(set(averages) <= set(saved["averages"]) and done <= config.max_iters,
-                    f"{resume}, of step {done}, is not of a run that trained alike; remove {folder}")
+                    f"{resume} is not the state of a run that trained alike; remove {folder}")
             net.load_state_dict(saved["net"])
             optimizer.load_state_dict(saved["optimizer"])
             for text, average in averages.items():

@@ -76,7 +76,7 @@ def _watch(futures: dict[Future, Path], total: int) -> None:
     """Show how many of the runs' steps are done, until all runs have ended."""
     done = sum(map(_steps_done, futures.values()))
     running = set(futures)
-    with lawa_core.progress(total - done, "training", unit="step") as bar:
+    with lawa_core.progress(total - done, "training", unit=" step") as bar:
         while running:
             _, running = wait(running, timeout=1)
             now = sum(map(_steps_done, futures.values()))

@@ -730,6 +730,13 @@ def test_a_run_that_has_begun_goes_on_from_its_own_state(
     assert_same_run(folder, run)
 
 
+def test_a_beginning_that_lacks_an_average_is_refused(config, tmp_path):
+    first = train(config, tmp_path / "first", state_at=[4])
+    with pytest.raises(LawaError, match="trained alike"):
+        state = first / "state_4.pt"
+        train(changed(config, averages="ema(0.9)"), tmp_path / "run", resume_from=state)
+
+
 def test_a_run_whose_beginning_is_gone_begins_by_itself(config, run, tmp_path):
     assert_same_run(train(config, tmp_path / "run", resume_from=tmp_path / "state_4.pt"), run)
 
