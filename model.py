@@ -41,12 +41,14 @@ ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 RUNS = ROOT / "runs"
 
+
 def require(right, message: str) -> None:
     """Refuse what is not right: the message says what was expected, what came, what to do."""
     if not right:
         raise LawaError(message)
 
 # ---- 1. Sizes and configuration ------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -76,6 +78,7 @@ class GPTConfig:
     def rotary_width(self) -> int:
         return int(self.n_embd // self.n_head * self.rotary)
 
+
 NEOX = {"bias": True, "scale_attn_by_inverse_layer_idx": False, "gelu": "none",
         "rotary": 0.25, "parallel": True, "tied": False}
 PRESETS = {  # layers, heads, width, block size, and what is not as in the paper's GPT-2
@@ -100,6 +103,7 @@ PRESETS = {  # layers, heads, width, block size, and what is not as in the paper
 }
 PADDED = {"pythia-6.9b": 256, "pythia-12b": 512}  # 128 times the devices a layer was split over
 
+
 def gpt_config(name: str, vocab_size: int) -> GPTConfig:
     """A preset's shape (-deduped: the same) for a vocabulary, padded as matrix units like it."""
     name = name.removesuffix("-deduped")
@@ -109,24 +113,29 @@ def gpt_config(name: str, vocab_size: int) -> GPTConfig:
     vocab_size = math.ceil(vocab_size / multiple) * multiple
     return GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, **(other[0] if other else {}))
 
+
 ONLINE = {  # averages kept while training, by scheme
     lawa_core.ema: lambda net, s: lawa_core.EMA(net, s.beta, s.every or 1, s.start),
     lawa_core.swa: lambda net, s: lawa_core.SWA(net, s.start, s.every or 1),
     lawa_core.lawa: lambda net, s: lawa_core.LAWA(net, s.k, s.spacing or 1, s.start),
 }
 
+
 def option(default, help: str, rule=(None, None)):
     """A field of Config and, beside it, its rule: (legal values in words, test(value, config))."""
     return field(default=default, metadata={"help": help, "legal": rule[0], "test": rule[1]})
 
+
 def one_of(*names: str):
     return f"one of {', '.join(names)}", lambda value, c: value in names
+
 
 ABOVE_0 = "above 0", lambda value, c: 0 < value < math.inf
 AT_LEAST_0 = "at least 0", lambda value, c: 0 <= value < math.inf
 AT_LEAST_1 = "at least 1", lambda value, c: value >= 1
 BELOW_1 = "in [0, 1)", lambda value, c: 0 <= value < 1
 SHARE = "above 0, at most 1", lambda value, c: 0 < value <= 1
+
 
 @dataclass(frozen=True)
 class Config:
@@ -200,6 +209,7 @@ class Config:
         dtype = "bf16" if device.type == "cuda" else "fp32"
         return dataclasses.replace(self, dtype=dtype) if self.dtype == "auto" else self
 
+
 def pick_device(device: str = "auto") -> torch.device:
     there = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.backends.mps.is_available():
@@ -208,7 +218,9 @@ def pick_device(device: str = "auto") -> torch.device:
 
 # ---- 2. The network: GPT-2 or, by configuration, GPT-NeoX ----------------------------------------
 
+
 ROTARY_BASE = 10_000  # of the wavelengths, as in Su et al. (arXiv 2104.09864)
+
 
 def rotary_table(T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine, each (T, width), of position times frequency; float32."""
@@ -217,11 +229,13 @@ def rotary_table(T: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor
     angles = angles.repeat(1, 2)  # (T, width): both values of a pair turn alike
     return angles.cos(), angles.sin()
 
+
 def rotate(x, cos, sin):
     """Turn each head's first `width` values, as pairs (i, i + width / 2). x: (B, nh, T, hs)."""
     turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     a, b = turned.chunk(2, -1)  # each (B, nh, T, width / 2)
     return torch.cat(((turned * cos + torch.cat((-b, a), -1) * sin).type_as(x), kept), -1)
+
 
 class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int):
@@ -241,6 +255,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 
+
 class MLP(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -250,6 +265,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+
 
 class Block(nn.Module):
     def __init__(self, c: GPTConfig, layer: int):
@@ -264,7 +280,9 @@ class Block(nn.Module):
         y = x + self.attn(self.ln_1(x), rotary)
         return y + self.mlp(self.ln_2(x if self.parallel else y))
 
+
 PIECE = 1024  # tokens whose logits exist at a time on a CPU; fewer make slower matrix products
+
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the output layer, with its gradients made at once: how a CPU trains in float32.
@@ -298,6 +316,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         dx, dhead = ctx.saved_tensors
         return upstream * dx, upstream * dhead, None
+
 
 class GPT(nn.Module):
     """GPT-2, or GPT-NeoX by configuration, with weights from a generator of its own:
@@ -375,10 +394,12 @@ class GPT(nn.Module):
         """Parameters, learned position embeddings left out (nanoGPT's count)."""
         return sum(p.numel() for name, p in self.named_parameters() if name != "wpe.weight")
 
+
 def empty_model(config: GPTConfig, device="cpu", dtype=torch.float32) -> GPT:
     """A GPT whose weights are not set, made on the device itself; for weights to be copied into."""
     with torch.device("meta"):
         return GPT(config).to(dtype).to_empty(device=device).eval()
+
 
 @functools.cache
 def count_parameters(config: GPTConfig) -> tuple[int, int]:
@@ -388,6 +409,7 @@ def count_parameters(config: GPTConfig) -> tuple[int, int]:
     return sum(p.numel() for p in net.parameters()), net.size()
 
 # ---- 3. Corpus -----------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -446,6 +468,7 @@ class Corpus:
                 f"{self.vocab_size}; prepare the corpus again")
         return torch.from_numpy(tokens.astype(np.int64))
 
+
 class Shards:
     """Mapped files as one array of tokens: len, slices, integer arrays as indices (give copies)."""
 
@@ -466,6 +489,7 @@ class Shards:
             tokens[which == i] = self.parts[i][index[which == i] - begin]
         return tokens
 
+
 def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
     """(tokens,) uint16 of SPLIT.bin, or of shards *_SPLIT_*.bin as modded-nanogpt has them.
 
@@ -485,9 +509,11 @@ def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
         parts.append(part)
     return Shards(parts) if len(parts) > 1 else next(iter(parts), None)
 
+
 @functools.cache
 def say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
 
 def open_corpus(name) -> Corpus:
     """The corpus data/NAME/, or any folder, with its tokens mapped; LawaError with what to run.
@@ -529,6 +555,7 @@ def open_corpus(name) -> Corpus:
 
 # ---- 4. Batches and rates ------------------------------------------------------------------------
 
+
 def batch(tokens, config: Config, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
     """The batch of step `step`: (sequences, block_size + 1) int64, or rank `rank`'s share of it.
 
@@ -539,6 +566,7 @@ def batch(tokens, config: Config, step: int, rank: int = 0, world: int = 1) -> n
     starts = generator.integers(0, len(tokens) - config.block_size, sequences)
     starts = np.split(starts, world)[rank]
     return tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64)
+
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of optimizer step `step` (0-based): warm-up, the schedule, the burst."""
@@ -562,7 +590,9 @@ def learning_rate(config: Config, step: int) -> float:
 
 # ---- 5. Run folder -------------------------------------------------------------------------------
 
+
 BY_CONTENT = ("corpus", "init_from")  # fields that stand for a content: its path does not matter
+
 
 def described(config: Config, corpus: Corpus) -> dict:
     """What config.json says."""
@@ -571,6 +601,7 @@ def described(config: Config, corpus: Corpus) -> dict:
         "tokens_per_step": config.tokens_per_step, "corpus_fingerprint": corpus.fingerprint,
         "init_fingerprint": start}
 
+
 def run_dir(config: Config, runs=None, device: str = "auto") -> Path:
     """runs/<corpus>-<preset>-<hash of every field and of the content of corpus and init_from>."""
     corpus = open_corpus(config.corpus)
@@ -578,6 +609,7 @@ def run_dir(config: Config, runs=None, device: str = "auto") -> Path:
     values = {key: value for key, value in values.items() if key not in BY_CONTENT}
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     return Path(runs or RUNS) / f"{corpus.name}-{config.preset}-{name}"
+
 
 def claim(folder: Path, config: Config, corpus: Corpus) -> None:
     """Write config.json, or refuse a folder that holds another run."""
@@ -592,6 +624,7 @@ def claim(folder: Path, config: Config, corpus: Corpus) -> None:
     require(not changes, f"{folder} holds a run of another configuration ({', '.join(changes)}); "
             "choose another --out_dir")
 
+
 @contextlib.contextmanager
 def locked(folder: Path):
     """One process per run folder; another waits. The lock goes with its process, even killed."""
@@ -603,10 +636,12 @@ def locked(folder: Path):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
+
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """What a checkpoint, with those of the averages kept while training, takes: float32 weights."""
     everything, _ = count_parameters(gpt_config(config.preset, vocab_size))
     return 4 * everything * (1 + len(config.online))
+
 
 def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set[int]:
     """The steps whose checkpoints are written: evenly spaced, as many as fit disk_budget bytes.
@@ -623,6 +658,7 @@ def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set
             return needed
     raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of "
                     f"{size:,} bytes, got {disk_budget:,.0f}")
+
 
 def take_over(state: Path, folder: Path, config: Config) -> None:
     """Make a new run what the run with that state file was: links, as files are only replaced."""
@@ -642,7 +678,9 @@ def take_over(state: Path, folder: Path, config: Config) -> None:
 
 # ---- 6. Training ---------------------------------------------------------------------------------
 
+
 READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
+
 
 def adamw(net: nn.Module, config: Config) -> torch.optim.AdamW:
     """The optimizer; only matrices and embeddings decay."""
@@ -652,6 +690,7 @@ def adamw(net: nn.Module, config: Config) -> torch.optim.AdamW:
               {"params": vectors, "weight_decay": 0.0}]
     fused = matrices[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=fused)
+
 
 def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
     """One optimizer step on tokens (sequences, block_size + 1), micro-batch by micro-batch.
@@ -674,6 +713,7 @@ def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
     optimizer.zero_grad(set_to_none=True)
     return mean, norm
 
+
 @contextlib.contextmanager
 def joined_ranks(device: torch.device, world: int):
     """(rank, device) of this process, by torchrun's environment; gloo joins CPUs, nccl GPUs."""
@@ -692,6 +732,7 @@ def joined_ranks(device: torch.device, world: int):
     yield torch.distributed.get_rank(), device
     torch.distributed.destroy_process_group()  # not after an error, whose frames hold the network
 
+
 def on_cpu(tree):
     """A copy of nested dicts and lists of tensors, on the CPU: training may change its own."""
     if isinstance(tree, dict):
@@ -699,6 +740,7 @@ def on_cpu(tree):
     if isinstance(tree, list):
         return [on_cpu(value) for value in tree]
     return tree.detach().to("cpu", copy=True) if isinstance(tree, torch.Tensor) else tree
+
 
 def start_table(path: Path, columns: str, step: int) -> None:
     """Begin a CSV, or cut it back to the step from which a run goes on."""
@@ -708,6 +750,7 @@ def start_table(path: Path, columns: str, step: int) -> None:
     with lawa_core.replacing(path) as part:
         part.write_text("\n".join([columns, *kept, ""]))
 
+
 def append(path: Path, rows) -> None:
     try:
         with open(path, "a") as file:
@@ -715,6 +758,7 @@ def append(path: Path, rows) -> None:
     except OSError as error:
         raise JobFailed(f"cannot write {path}: {error.strerror}; mend that, and the same command "
                         "goes on from its last state") from None
+
 
 def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None,
           compile: bool | None = None, eval_interval: int = 0, state_seconds: float = 30,
@@ -884,11 +928,13 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                         states[path] = average.average()
                 write(states)
             late = at_checkpoint and time.monotonic() - state_saved >= state_seconds
-            names = [f"state_{done}.pt"] if done in state_at else []
-            if stop or late:
+            names = []
+            if rank == 0 and done in state_at:
+                names.append(f"state_{done}.pt")
+            if rank == 0 and (stop or late):
                 names.append("resume.pt")
                 state_saved = time.monotonic()
-            for name in names if rank == 0 else []:
+            for name in names:
                 kept = {text: average.state_dict() for text, average in averages.items()}
                 write({folder / name: {
                     "step": done, "threads": torch.get_num_threads(), "net": net.state_dict(),
@@ -915,9 +961,11 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 
+
 BLOCKS = 128  # validation blocks by default
 SMALL = 1 << 24  # parameters: a CPU evaluates models up to this size side by side, a core for each
 VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row of eval.csv, beside its key
+
 
 @torch.inference_mode()
 def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS) -> np.ndarray:
@@ -945,6 +993,7 @@ def evaluate(model: GPT, corpus: Corpus, n_blocks: int = BLOCKS) -> np.ndarray:
     model.train(training)
     return torch.cat(losses).numpy()
 
+
 def run_model(run) -> tuple[GPTConfig, Corpus]:
     """(shape of a run's model, its corpus)."""
     path = Path(run) / "config.json"
@@ -952,6 +1001,7 @@ def run_model(run) -> tuple[GPTConfig, Corpus]:
     config = json.loads(path.read_text())
     corpus = open_corpus(config["corpus"])
     return gpt_config(config["preset"], corpus.vocab_size), corpus
+
 
 def read_rows(path: Path | None) -> dict:
     """{(step, scheme, n_blocks): {"loss": ..., ...}} of an eval.csv; empty without one."""
@@ -962,6 +1012,7 @@ def read_rows(path: Path | None) -> dict:
                 key = int(row["step"]), row["scheme"], int(row["n_blocks"])
                 rows[key] = {name: float(row[name]) for name in VALUES}
     return rows
+
 
 def write_rows(path: Path, rows: dict) -> None:
     """Add rows to an eval.csv, to which other processes may be adding theirs."""
@@ -974,9 +1025,11 @@ def write_rows(path: Path, rows: dict) -> None:
         for key, values in sorted((read_rows(path) | rows).items()):
             writer.writerow([*key, *(repr(values[name]) for name in VALUES)])
 
+
 def mean_se(x: np.ndarray) -> tuple[float, float]:
     """(mean, its standard error)."""
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+
 
 def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *,
                         model: GPT | None = None, corpus: Corpus | None = None, load=None,
@@ -1009,8 +1062,10 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     def lacks(step: int, scheme) -> bool:
         return (step, str(scheme), n_blocks) not in rows
     missing = [step for step in at if any(lacks(step, scheme) for scheme in schemes.values())]
-    wanted = {label: scheme for label, scheme in schemes.items()
-              if label == "run" or any(lacks(step, scheme) for step in missing)}
+    wanted = {}
+    for label, scheme in schemes.items():
+        if label == "run" or any(lacks(step, scheme) for step in missing):
+            wanted[label] = scheme
     kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
     swept = {label: scheme for label, scheme in wanted.items() if label not in kept}
     allow = () if model else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
@@ -1020,9 +1075,10 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         for step, label, state in lawa_core.sweep(
                 trajectory, swept, missing, on_disk=on_disk, allow=allow):
             yield step, label, state
-            for own in kept if label == list(swept)[-1] else ():
-                path = Path(run) / scheme_dir(kept[own]) / checkpoint_name(step)
-                yield step, own, dict(lawa_core.open_checkpoint(path))
+            if label == list(swept)[-1]:
+                for own, text in kept.items():
+                    path = Path(run) / scheme_dir(text) / checkpoint_name(step)
+                    yield step, own, dict(lawa_core.open_checkpoint(path))
 
     # a CPU evaluates small models side by side: one does not keep several cores busy
     threads = torch.get_num_threads()
@@ -1051,7 +1107,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
             jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
         shown = stack.enter_context(lawa_core.progress(
             len(missing) * len(wanted), f"evaluating {trajectory.name}", "model"))
-        for step, label, state in states() if missing else ():
+        for step, label, state in states():
             if each:
                 each(step, label, state)
             if not free:
@@ -1074,6 +1130,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
 
 # ---- 8. Text -------------------------------------------------------------------------------------
 
+
 @torch.inference_mode()
 def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200,
            temperature: float = 0.8, seed: int = 0) -> str:
@@ -1092,6 +1149,7 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
         token = torch.multinomial(F.softmax(logits, -1), 1, generator=generator)
         idx = torch.cat([idx, token], 1)
     return tokenizer.decode(idx[0].tolist())
+
 
 # ---- 9. Scales -----------------------------------------------------------------------------------
 
@@ -1124,9 +1182,11 @@ SCALES = {
         "gradient_accumulation_steps": 6, "ckpt_interval": 1000, "spacing": 1000},
 }
 
+
 def scale_values(name: str) -> dict:
     require(name in SCALES, f"scale must be one of {', '.join(SCALES)}, got {name!r}")
     return SCALES[name]
+
 
 def scale_config(values, **given) -> Config:
     """The Config of a scale's (or a notebook's) values, with some of them given."""
@@ -1134,6 +1194,7 @@ def scale_config(values, **given) -> Config:
     return Config(**{name: value for name, value in {**values, **given}.items() if name in names})
 
 # ---- 10. Command line ----------------------------------------------------------------------------
+
 
 EXAMPLES = """examples
   python model.py train --preset micro --corpus stdlib --lr 1e-3 --max_iters 200 --seed 0
@@ -1159,6 +1220,7 @@ SAMPLE = (
     ("temperature", float, 0.8, "0: the likeliest token (default 0.8)"),
     ("seed", int, 0, "of the draws"))
 
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """--scale, a flag per field of Config, --keep, --disk_budget; for `take_config`."""
     parser.add_argument("--scale", help=f"start from the values of {', '.join(SCALES)}")
@@ -1170,6 +1232,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk_budget", type=float, default=math.inf,
                         help="GB that this run's checkpoints may take (default: no limit)")
 
+
 def take_config(args: dict) -> Config:
     """Take these flags' Config out of the parsed arguments; keep and disk_budget (bytes) stay."""
     values = {f.name: args.pop(f.name) for f in dataclasses.fields(Config)}
@@ -1178,6 +1241,7 @@ def take_config(args: dict) -> Config:
     args["keep"] = args["keep"] and lawa_core.parse_scheme(args["keep"])
     args["disk_budget"] *= 1e9
     return scale_config(scale_values(scale) if scale else {}, **given)
+
 
 def main(argv=None) -> int:
     style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -1212,6 +1276,7 @@ def main(argv=None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

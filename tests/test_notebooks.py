@@ -18,7 +18,8 @@ import model
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE = re.compile(
-    r"(?<![\w.])/(home|root|Users|tmp|work|mnt|private|var|opt|usr/local|content|scratch)/|\b[A-Z]:\\\\?\w|site-packages"
+    r"(?<![\w.])/(home|root|Users|tmp|work|mnt|private|var|opt|usr/local|content|scratch)/"
+    r"|\b[A-Z]:\\\\?\w|site-packages"
 )
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
