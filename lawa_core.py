@@ -1219,7 +1219,8 @@ def finish(path: Path, part: Path, like, note: Mapping) -> None:
     elif path.suffix != ".safetensors":
         import torch
         state = {name: whole[name] for name in whole if name not in whole.ties}
-        torch.save(state | {name: state[kept] for name, kept in whole.ties.items()}, part)
+        with open(part, "wb") as file:  # whose errors are the system's
+            torch.save(state | {name: state[kept] for name, kept in whole.ties.items()}, file)
         with replacing(sidecar(path)) as text:
             text.write_text(json.dumps(note, indent=1))
 

@@ -878,7 +878,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         shown = None
         if bar and rank == 0:
             shown = stack.enter_context(lawa_core.progress(
-                config.max_iters, f"training {folder.name}", "step", initial=done))
+                config.max_iters, f"training {folder.name}", " step", initial=done))
 
         first, begun, state_saved, pending = done, time.monotonic(), time.monotonic(), []
         while done < config.max_iters:
@@ -1106,7 +1106,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         pool = stack.enter_context(ThreadPoolExecutor(
             jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
         shown = stack.enter_context(lawa_core.progress(
-            len(missing) * len(wanted), f"evaluating {trajectory.name}", "model"))
+            len(missing) * len(wanted), f"evaluating {trajectory.name}", " model"))
         for step, label, state in states():
             if each:
                 each(step, label, state)
