@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -559,6 +558,8 @@ def open_safetensors(path: Path) -> Checkpoint:
 
 def open_torch(path: Path, key: str | None) -> Checkpoint:
     """A file of torch.save, its tensors mapped, with the weights at the top or under a key."""
+    import zipfile
+
     import torch
     try:
         mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
@@ -1017,13 +1018,14 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     bits, nan = single.view(np.uint32), np.isnan(single)
     # Rounding twice, to fp32 and to bf16, errs only where the first lands half-way between two
     # bf16: there, step off to the side on which the value is.
-    half = np.flatnonzero(bits.view("<u2")[::2] == 0x8000)
+    rest = bits & 0xFFFF
+    half = np.flatnonzero(rest == 0x8000)
     aside = np.sign(np.abs(values[half]) - np.abs(single[half]))
     bits[half] += aside.astype(np.int32).view(np.uint32)
-    even = bits >> 16
-    even &= 1
-    even += 0x7FFF
-    bits += even
+    np.right_shift(bits, 16, out=rest)
+    rest &= 1
+    rest += 0x7FFF
+    bits += rest
     bits >>= 16
     if nan.any():
         bits[nan] = 0x7FC0
@@ -1665,10 +1667,15 @@ def run(args) -> dict:
         found = search(trajectory, validation(args.run), args.at, args.budget)
         return found | {"best": str(found["best"])}
     schemes = schemes_of(args)
-    with progress(None, args.command, "B", unit_scale=True) as bar:
+    with contextlib.ExitStack() as stack:
+        begun, bars = time.monotonic(), []
+
         def show(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
+            if not bars and time.monotonic() - begun > 1:  # tqdm's import is not for short work
+                bars.append(stack.enter_context(
+                    progress(total, args.command, "B", unit_scale=True)))
+            for bar in bars:
+                bar.update(done - bar.n)
         options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow,
                    "like": args.like, "progress": show}
         if args.command == "sweep":
