@@ -922,7 +922,7 @@ def check(source, key: str | None = None) -> list[str]:
 # one order, so the bits are the same for any tile, any number of threads, and any route here.
 
 TILE = 1 << 21  # bytes of doubles of one checkpoint at a time; in smaller ones threads fight for
-IN_MEMORY = 1 << 26  # Python's lock. With many checkpoints they shrink, to so many bytes in all.
+IN_MEMORY = 1 << 25  # Python's lock. With many checkpoints they shrink, to so many bytes in all.
 
 
 def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, Stored],
