@@ -72,7 +72,9 @@ def test_the_naming_function_and_its_reader_agree():
 
 
 @pytest.mark.parametrize("path", ["ckpt_best.safetensors", "run7/latest.pt", "weights"])
-def test_names_without_a_step(path):
+def test_names_without_a_step(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whose own name counts for a bare "weights"
     assert lawa_core.step_of(path) is None
 
 
