@@ -79,9 +79,6 @@ class Lines:
         if text.strip():
             print(text.strip(), flush=True)
 
-    def flush(self) -> None:
-        pass
-
 
 def progress(total: float | None, desc: str = "", unit: str = "it", **options):
     """A tqdm bar on a terminal; elsewhere a line every five seconds, none for shorter work.
@@ -702,16 +699,6 @@ def replacing(path) -> Iterator[Path]:
     """
     path = Path(path)
     part = path.parent / f".{path.name}.{os.getpid()}.part"
-
-    def remove(part):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(ValueError, PermissionError):
-            try:
-                os.kill(int(left.name.split(".")[-2]), 0)
-            except ProcessLookupError:  # who wrote it was killed
-                remove(left)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -720,6 +707,21 @@ def replacing(path) -> Iterator[Path]:
         raise JobFailed(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         remove(part)
+
+
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_left_parts(path: Path) -> None:
+    """Remove what killed processes left under `replacing`'s hidden names for `path`."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(part.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                remove(part)
 
 
 def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
@@ -1171,12 +1173,13 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
             raise LawaError(f"{path} is an input; choose another output")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
             raise LawaError(f"{path} is a folder that is not empty; choose another, or remove it")
+        remove_left_parts(path)  # large ones, which else nobody would see
         used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
                  "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
                 for step in this.add]
         # enough to make it again, and the same in every process: no clock, no address
         note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)), "at": at,
-                "weights": this.weights, "inputs": used}
+                "weights": {str(step): w for step, w in this.weights.items()}, "inputs": used}
         plans.append(plan_file(wanted, ties, {"lawa": json.dumps(note)}))
         report.append({"path": str(path), "bytes": plans[-1][2], **note})
     total = sum(size for _, _, size in plans)
@@ -1207,7 +1210,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
 
 def finish(path: Path, part: Path, like, note: Mapping) -> None:
     """Make of the safetensors file `part` what `path` is to be: a .pt, or the rest of a folder."""
-    whole = open_safetensors(part)
+    whole = open_safetensors(part)  # which also checks what was written
     if path.suffix not in SUFFIXES:
         for source in [found for pattern in COPIED for found in sorted(Path(like).glob(pattern))]:
             shutil.copyfile(source, part.parent / source.name)
@@ -1321,14 +1324,12 @@ def live_state(model) -> dict:
 
 def copied(tree, places: Mapping | None = None):
     """A deep copy of nested dicts of tensors, each on the device that `places` gives its name."""
-    copy = {}
+    copy = dict(tree)
     for key, value in tree.items():
         if isinstance(value, Mapping):
             copy[key] = copied(value, places)
         elif hasattr(value, "device"):
             copy[key] = value.to(places[key] if places else value.device, copy=True)
-        else:
-            copy[key] = value
     return copy
 
 

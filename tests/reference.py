@@ -280,6 +280,17 @@ def measured(work):
 """
 
 
+HOOK = """
+import json, sys
+seen = []
+def hook(event, args):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if writes or event in ("socket.connect", "subprocess.Popen", "os.mkdir", "os.rename"):
+        seen.append([event, str(args[0])])
+sys.addaudithook(hook)
+"""  # for child processes: what they write, start or connect to, in `seen`
+
+
 def bytes_read():
     """Bytes this process has asked the kernel for with read calls (mapped pages do not count)."""
     for line in Path("/proc/self/io").read_text().splitlines():

@@ -1913,14 +1913,7 @@ def test_sample_refuses(argv, words, run, command):
 
 # ---- importing, compiling ------------------------------------------------------------------------
 
-IMPORT = """
-import json, sys
-seen = []
-def hook(event, args):
-    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
-    if writes or event in ("socket.connect", "subprocess.Popen", "os.mkdir", "os.rename"):
-        seen.append([event, str(args[0])])
-sys.addaudithook(hook)
+IMPORT = ref.HOOK + """
 import torch
 seen.clear()  # what torch does is its own affair
 import model

@@ -250,14 +250,7 @@ def test_stopped_runs_save_their_states(config, number):
     assert not folders[2].exists()
 
 
-IMPORT = """
-import json, sys
-seen = []
-def hook(event, args):
-    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
-    if writes or event in ("socket.connect", "subprocess.Popen", "os.mkdir", "os.rename"):
-        seen.append([event, str(args[0])])
-sys.addaudithook(hook)
+IMPORT = ref.HOOK + """
 import lab
 light = "torch" not in sys.modules
 import torch
