@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import functools
@@ -139,7 +138,7 @@ SHARE = "above 0, at most 1", lambda value, c: 0 < value <= 1
 
 @dataclass(frozen=True)
 class Config:
-    """What determines a run's numbers; its hash names the run folder. Defaults: scale `laptop`."""
+    """What determines a run's numbers; its hash names the run folder. Defaults: a short run."""
     preset: str = option("micro", f"architecture: {', '.join(PRESETS)}", one_of(*PRESETS))
     corpus: str = option("stdlib", "folder under data/, or a path")
     lr: float = option(1e-3, "peak learning rate", ABOVE_0)
@@ -164,6 +163,9 @@ class Config:
     seed: int = option(0, "of the initial weights and of the batches", AT_LEAST_0)
     averages: str = option("", 'kept while training: "ema(0.99); swa(start=500); lawa(5, 20)"', (
         "lawa, ema or swa, no two the same", lambda value, c: c.keeps_distinct_averages()))
+    averages_interval: int = option(0, "steps between their files; 0: with every checkpoint", (
+        "a multiple of ckpt_interval = {ckpt_interval}",
+        lambda value, c: value >= 0 and value % c.ckpt_interval == 0))
     burst_at: int = option(0, "step at which a burst of too high a rate begins, for a loss spike")
     burst_iters: int = option(0, "its length in steps; 0: no burst", AT_LEAST_0)
     burst_factor: float = option(1.0, "the rate is multiplied by this meanwhile", ABOVE_0)
@@ -637,10 +639,11 @@ def locked(folder: Path):
         yield
 
 
-def checkpoint_bytes(config: Config, vocab_size: int) -> int:
-    """What a checkpoint, with those of the averages kept while training, takes: float32 weights."""
+def disk_bytes(config: Config, vocab_size: int, steps) -> int:
+    """What checkpoints at these steps take, with those of the averages: float32 weights."""
     everything, _ = count_parameters(gpt_config(config.preset, vocab_size))
-    return 4 * everything * (1 + len(config.online))
+    averaged = [step for step in steps if step % (config.averages_interval or 1) == 0]
+    return 4 * everything * (len(steps) + len(config.online) * len(averaged))
 
 
 def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set[int]:
@@ -648,15 +651,16 @@ def kept_steps(config: Config, vocab_size: int, keep, disk_budget: float) -> set
 
     With a scheme `keep`: all that its windows need, at as many evenly spaced targets as fit.
     """
-    steps, size = config.checkpoint_steps, checkpoint_bytes(config, vocab_size)
+    steps = config.checkpoint_steps
     for stride in range(1, len(steps) + 1):
         targets = steps[::-1][::stride]  # the last checkpoint always
         needed = set(targets)
         if keep:
             needed.update(*(lawa_core.row(keep, steps, target) for target in targets))
-        if len(needed) * size <= disk_budget:
+        size = disk_bytes(config, vocab_size, needed)
+        if size <= disk_budget:
             return needed
-    raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints of "
+    raise LawaError(f"disk_budget must hold at least one window of {len(needed)} checkpoints, "
                     f"{size:,} bytes, got {disk_budget:,.0f}")
 
 
@@ -922,7 +926,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             # save the weights and their averages, then the state, and stop if told to
             if rank == 0 and at_checkpoint and done in written:
                 states = {folder / checkpoint_name(done): net.state_dict()}
-                for text, average in averages.items():
+                due = averages if done % (config.averages_interval or 1) == 0 else {}
+                for text, average in due.items():
                     path = folder / scheme_dir(text) / checkpoint_name(done)
                     with contextlib.suppress(LawaError):  # nothing is averaged before its start
                         states[path] = average.average()
@@ -964,7 +969,6 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
 
 BLOCKS = 128  # validation blocks by default
 SMALL = 1 << 24  # parameters: a CPU evaluates models up to this size side by side, a core for each
-VALUES = ("loss", "loss_se", "gain", "gain_se")  # of a row of eval.csv, beside its key
 
 
 @torch.inference_mode()
@@ -1003,27 +1007,23 @@ def run_model(run) -> tuple[GPTConfig, Corpus]:
     return gpt_config(config["preset"], corpus.vocab_size), corpus
 
 
-def read_rows(path: Path | None) -> dict:
-    """{(step, scheme, n_blocks): {"loss": ..., ...}} of an eval.csv; empty without one."""
-    rows = {}
-    if path and path.exists():
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                key = int(row["step"]), row["scheme"], int(row["n_blocks"])
-                rows[key] = {name: float(row[name]) for name in VALUES}
-    return rows
+def read_losses(path: Path | None) -> dict:
+    """{(step, scheme): (n_blocks,) losses} of an eval.npz; empty without one."""
+    if not (path and path.exists()):
+        return {}
+    with np.load(path) as kept:
+        keys = zip(kept["step"].tolist(), kept["scheme"].tolist(), strict=True)
+        return dict(zip(keys, kept["losses"], strict=True))
 
 
-def write_rows(path: Path, rows: dict) -> None:
-    """Add rows to an eval.csv, to which other processes may be adding theirs."""
+def keep_losses(path: Path, losses: dict) -> None:
+    """Add losses to an eval.npz, to which other processes may be adding theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(path.parent))
-        part = stack.enter_context(lawa_core.replacing(path))
-        writer = csv.writer(stack.enter_context(open(part, "w", newline="")))
-        writer.writerow(("step", "scheme", "n_blocks", *VALUES))
-        for key, values in sorted((read_rows(path) | rows).items()):
-            writer.writerow([*key, *(repr(values[name]) for name in VALUES)])
+    with locked(path.parent), lawa_core.replacing(path) as part:
+        kept = dict(sorted((read_losses(path) | losses).items()))
+        steps, schemes = zip(*kept, strict=True)
+        with open(part, "wb") as file:
+            np.savez(file, step=steps, scheme=schemes, losses=list(kept.values()))
 
 
 def mean_se(x: np.ndarray) -> tuple[float, float]:
@@ -1036,36 +1036,34 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
                         each=None, on_disk: bool = False, cache=None) -> list[dict]:
     """Losses of a trajectory and of averages along it, of a run as of a public model's checkpoints.
 
-    The next average is made while the last is evaluated, and never more than one waits. Rows are
-    kept in a CSV: nothing is evaluated twice, and what was interrupted goes on.
+    The next average is made while the last is evaluated, and never more than one waits. Losses are
+    kept, block by block: nothing is evaluated twice, and what was interrupted goes on.
     Args: run: a run folder, or with `model` and `corpus` what `lawa_core.open_trajectory` takes
         schemes: {label: scheme, or the text of an average kept while training}
         at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
         model: an empty one of the right shape, the only one used; its weights are overwritten
         load: load(model, state) copies an average into it, default load_state_dict
         each: each(step, label, state) is called before an evaluation
-        cache: path of the CSV; default eval.csv in a run folder, none with `model`
+        cache: a .npz, one per n_blocks; default eval_<n_blocks>.npz in a run folder, else none
     Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se",
-    "n_blocks"}: loss in nats per token with its standard error over blocks, bpb in bits per byte of
-    text, gain = run minus average on the same blocks (positive is good). The run itself is "run".
+    "n_blocks", "losses", "gains"}: loss in nats per token with its standard error over blocks, bpb
+    in bits per byte of text, gain = run minus average on the same blocks (positive is good); losses
+    and gains: (n_blocks,) float64, one per block. The run itself is "run".
     """
     device = pick_device(device)
     if model is None:
         shape, corpus = run_model(run)
-        cache = cache or Path(run) / "eval.csv"
+        cache = cache or Path(run) / f"eval_{n_blocks}.npz"
     cache = cache and Path(cache)
     trajectory = lawa_core.open_trajectory(run)
     schemes = {"run": lawa_core.newest(), **schemes}
     at = list(trajectory.steps if at is None else at)
-    rows = read_rows(cache)
-
-    def lacks(step: int, scheme) -> bool:
-        return (step, str(scheme), n_blocks) not in rows
-    missing = [step for step in at if any(lacks(step, scheme) for scheme in schemes.values())]
-    wanted = {}
+    known = read_losses(cache)
+    lacking = {}  # {label: steps at which it has not been evaluated}
     for label, scheme in schemes.items():
-        if label == "run" or any(lacks(step, scheme) for step in missing):
-            wanted[label] = scheme
+        lacking[label] = [step for step in at if (step, str(scheme)) not in known]
+    missing = sorted(set().union(*lacking.values()))
+    wanted = {name: schemes[name] for name in schemes if lacking[name] or name == "run"}
     kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
     swept = {label: scheme for label, scheme in wanted.items() if label not in kept}
     allow = () if model else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
@@ -1084,21 +1082,17 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     threads = torch.get_num_threads()
     small = model is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
     jobs = min(threads, 8) if small else 1
-    free, busy, own_losses = [], [], {}  # busy: (step, label, model, its losses to come)
+    free, busy = [], []  # busy: (step, label, model, its losses to come)
     if missing:
         free = [model.to(device)] if model else [empty_model(shape, device) for _ in range(jobs)]
 
     def finish() -> None:
-        """Wait for the evaluation begun first, and keep its row."""
+        """Wait for the evaluation begun first, and keep its losses."""
         step, label, net, coming = busy.pop(0)
-        losses = coming.result()
+        known[step, str(wanted[label])] = coming.result()
         free.append(net)
-        if label == "run":  # it comes first at every step
-            own_losses[step] = losses
-        values = (*mean_se(losses), *mean_se(own_losses[step] - losses))
-        rows[step, str(wanted[label]), n_blocks] = dict(zip(VALUES, values, strict=True))
         if cache and label == [*swept, *kept][-1]:
-            write_rows(cache, rows)
+            keep_losses(cache, known)
         shown.update(1)
 
     with contextlib.ExitStack() as stack:
@@ -1122,10 +1116,14 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     scale = 1 / math.log(2) / corpus.val_bytes_per_token  # bits per byte of a nat per token
     table = []
     for step in at:
+        own = known[step, str(schemes["run"])]
         for label, scheme in schemes.items():
-            values = rows[step, str(scheme), n_blocks]
-            table.append({"run": trajectory.name, "step": step, "scheme": label, **values,
-                          "bpb": values["loss"] * scale, "n_blocks": n_blocks})
+            losses = known[step, str(scheme)]
+            loss, loss_se = mean_se(losses)
+            gain, gain_se = mean_se(own - losses)
+            table.append({"run": trajectory.name, "step": step, "scheme": label, "loss": loss,
+                          "loss_se": loss_se, "bpb": loss * scale, "gain": gain, "gain_se": gain_se,
+                          "n_blocks": n_blocks, "losses": losses, "gains": own - losses})
     return table
 
 # ---- 8. Text -------------------------------------------------------------------------------------
@@ -1150,42 +1148,46 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
         idx = torch.cat([idx, token], 1)
     return tokenizer.decode(idx[0].tolist())
 
-
 # ---- 9. Scales -----------------------------------------------------------------------------------
 
-# One recipe, many sizes. `lr` is the usual rate; sweeps multiply it, up to the paper's tenfold. The
-# gpt2 scales are the paper's settings with the batch re-cut for one GPU (same tokens per step); the
-# paper does not give its spacing, so those three are ours.
+# `lrs`: a sweep's rates, usual to high, in the paper the tenfold. `spacing` makes LAWA's window the
+# share of the run that the released interval gives (1.4% at GPT-2 small); `wide` is one beside it.
+# `laptop` is a miniature: many small steps, so that a step's noise, which averages remove, exceeds
+# the drift (pilot in LOG.md). The gpt2 scales re-cut the batch for one GPU, at the same tokens.
 OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512,
                "averages": "ema(0.9); ema(0.999)"}
 PAPER = {**OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
 SCALES = {
     "smoke": {
-        "preset": "nano", "corpus": "stdlib", "lr": 1e-3, "max_iters": 400, "batch_size": 8,
-        "warmup_iters": 40, "ckpt_interval": 10, "seeds": "0,1", "k": 3, "spacing": 10,
+        "preset": "nano", "corpus": "stdlib", "lrs": "1e-3,1e-2", "max_iters": 200, "batch_size": 8,
+        "warmup_iters": 20, "ckpt_interval": 10, "seeds": "0,1", "k": 3, "spacing": 10, "wide": 20,
         "n_blocks": 64, "averages": "ema(0.9); ema(0.98); lawa(3, 1)"},
     "laptop": {
-        "preset": "micro", "corpus": "stdlib", "lr": 1e-3, "max_iters": 1000, "batch_size": 8,
-        "warmup_iters": 100, "ckpt_interval": 20, "seeds": "0,1,2", "k": 5, "spacing": 20,
-        "n_blocks": 64, "averages": "ema(0.9); ema(0.98); ema(0.99); lawa(5, 1); lawa(5, 5)"},
+        "preset": "nano", "corpus": "stdlib", "lrs": "1e-3,3e-3,1e-2", "max_iters": 10_000,
+        "batch_size": 8, "warmup_iters": 300, "ckpt_interval": 25, "averages_interval": 100,
+        "seeds": "0,1,2,3,4", "k": 5, "spacing": 25, "wide": 100, "n_blocks": 512,
+        "averages": "ema(0.9); ema(0.98); ema(0.995); lawa(5, 1); lawa(5, 5)"},
     "gpu-hour": {
-        **OPENWEBTEXT, "preset": "midi", "lr": 6e-4, "max_iters": 10_000, "warmup_iters": 300,
-        "batch_size": 32, "gradient_accumulation_steps": 4, "ckpt_interval": 100, "spacing": 100},
+        **OPENWEBTEXT, "preset": "midi", "lrs": "6e-4,1.8e-3,6e-3", "max_iters": 10_000,
+        "warmup_iters": 300, "batch_size": 32, "gradient_accumulation_steps": 4,
+        "ckpt_interval": 50, "averages_interval": 100, "spacing": 50, "wide": 200},
     "gpt2-small": {
-        **PAPER, "preset": "gpt2-small", "lr": 6e-4, "batch_size": 16,
-        "gradient_accumulation_steps": 24, "ckpt_interval": 200, "spacing": 1000},
+        **PAPER, "preset": "gpt2-small", "lrs": "6e-4,6e-3", "batch_size": 16,
+        "gradient_accumulation_steps": 24, "ckpt_interval": 200, "averages_interval": 1000,
+        "spacing": 200, "wide": 1000},
     "gpt2-medium": {
-        **PAPER, "preset": "gpt2-medium", "lr": 3e-4, "batch_size": 12,
-        "gradient_accumulation_steps": 12, "ckpt_interval": 2000, "spacing": 2000},
+        **PAPER, "preset": "gpt2-medium", "lrs": "3e-4,3e-3", "batch_size": 12,
+        "gradient_accumulation_steps": 12, "ckpt_interval": 2000, "spacing": 2000, "wide": 2000},
     "gpt2-large": {
-        **PAPER, "preset": "gpt2-large", "lr": 2e-4, "batch_size": 8, "min_lr_frac": 0.005,
-        "gradient_accumulation_steps": 6, "ckpt_interval": 1000, "spacing": 1000},
+        **PAPER, "preset": "gpt2-large", "lrs": "2e-4,2e-3", "batch_size": 8, "min_lr_frac": 0.005,
+        "gradient_accumulation_steps": 6, "ckpt_interval": 1000, "spacing": 1000, "wide": 1000},
 }
 
 
 def scale_values(name: str) -> dict:
     require(name in SCALES, f"scale must be one of {', '.join(SCALES)}, got {name!r}")
-    return SCALES[name]
+    usual = float(SCALES[name]["lrs"].split(",")[0])
+    return SCALES[name] | {"lr": usual}
 
 
 def scale_config(values, **given) -> Config:

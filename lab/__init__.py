@@ -1,16 +1,19 @@
-"""What notebooks share: settings, statistics, the figures' style, the record of what they found.
+"""What notebooks share: settings, verdicts, figures, and the record of what they found.
 
-A notebook makes one `Lab` from its parameters, draws figures through it, states verdicts through it
-and records both under its results folder, from which lab/report.py builds the front page.
+A notebook makes one `Lab` from its parameters, trains and evaluates through it, draws figures and
+states claims through it, and records them under its results folder, from which lab/report.py builds
+the front page. How a claim is judged is in lab/statistics.py.
 """
 from __future__ import annotations
 
+import ast
 import csv
 import datetime
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 from pathlib import Path
@@ -18,7 +21,15 @@ from pathlib import Path
 import numpy as np
 
 import lawa_core
+from lab.statistics import Difference, chosen_elsewhere, compare, difference, least_clear, pm
 from lawa_core import LawaError
+
+__all__ = [
+    "DASHES", "MARKERS", "SHARES", "Lab", "band", "chosen_elsewhere", "compare", "difference",
+    "errorbars", "grid", "least_clear", "nearest", "numbers", "pm"]
+
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.77)  # of a run, where claims are judged; the end apart
+BRANCHES = (0.5, 0.75)  # where runs of other notebooks branch off, so that states are kept
 
 # names that a kernel brings along, and that are no misspelt parameters
 IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
@@ -46,6 +57,9 @@ class Lab:
     Args: name: the notebook's; question: one line; namespace: the notebook's globals() right after
     the parameters cell: annotated names are parameters, None takes the scale's value, a text such
     as "0,1,2" is a list of numbers.
+    Attributes: values {parameter: value}; config (of `model.Config`, at the rate `lr`); rates, from
+    the usual one to the high one, and lr, the one between; seeds; k, spacing and wide, the windows;
+    at {share of the run: step} and end, where claims are judged; folder, of the results.
     Errors: LawaError that names every bad parameter, unknown, of the wrong type, or out of range,
     before anything is trained.
     """
@@ -58,31 +72,98 @@ class Lab:
         self.name = name
         self.question = question
         self.given = _parameters(namespace)
-        self.values = dict(model.SCALES[self.given["scale"]])
+        self.scale = self.given["scale"]
+        self.values = model.scale_values(self.scale)
         for key, value in self.given.items():
             if value is not None:
                 self.values[key] = value
-        self.config = model.scale_config(self.values)  # refuses values out of range
+        rates = self.values["lrs"]
+        if self.given.get("lr") is not None:
+            rates = self.values["lr"]
+        # as typed: 6e-4 * 10 would be 0.005999999999999999, and name another run
+        self.rates = sorted(float(f"{rate:.6g}") for rate in numbers("lrs", rates))
+        self.lr = self.rates[len(self.rates) // 2]
+        self.config = model.scale_config(self.values, lr=self.lr)  # refuses values out of range
         model.open_corpus(self.config.corpus)  # and a missing corpus
         self.k = self.values["k"]
         self.spacing = self.values["spacing"]
+        self.wide = max(self.values["wide"], self.spacing)
         self.seeds = numbers("seeds", self.values["seeds"], int)
-        lawa_core.lawa(self.k, self.spacing)  # refuses a window that is none
-        if self.spacing % self.config.ckpt_interval:
-            raise LawaError(f"spacing must be a multiple of the checkpoint interval "
-                            f"{self.config.ckpt_interval}, got {self.spacing}")
-        default = model.ROOT / "results" / f"scale-{self.values['scale']}"
-        self.folder = Path(self.values.get("out") or default) / name
+        for spacing in (self.spacing, self.wide):
+            lawa_core.lawa(self.k, spacing)  # refuses a window that is none
+            if spacing % self.config.ckpt_interval:
+                raise LawaError(f"spacing must be a multiple of the checkpoint interval "
+                                f"{self.config.ckpt_interval}, got {spacing}")
+        self.at = {share: self.step(share) for share in SHARES}
+        self.end = self.step(1)
+        default = model.ROOT / "results" / f"scale-{self.scale}"
+        self.folder = Path(self.values.get("out") or default) / f"{name}{self._changes()}"
         self.figures = []
-        self.verdicts = []
+        self.claims = []
         plt.rcParams.update(STYLE)
+        what = f"{self.config.preset}, {self.config.max_iters:,} steps, seeds {self.seeds}"
+        if self.scale == "smoke":
+            what += "; a check of the machinery that prints no verdict: -p scale laptop gives one"
+        shown = self.folder
+        if shown.is_relative_to(model.ROOT):
+            shown = shown.relative_to(model.ROOT)
+        print(f"scale {self.scale}: {what}\nresults: {shown}")
+
+    def _changes(self) -> str:
+        """What tells this notebook's results from those of its committed parameters: "-lr=6e-4"."""
+        import model
+        path = model.ROOT / "notebooks" / f"{self.name}.ipynb"
+        if not path.exists():
+            return ""
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if "parameters" in cell["metadata"].get("tags", ()):
+                tree = ast.parse("".join(cell["source"]))
+        committed = {node.target.id: ast.literal_eval(node.value)
+                     for node in tree.body if isinstance(node, ast.AnnAssign)}
+        words = []
+        for key, value in self.given.items():
+            if key not in ("scale", "out") and value != committed.get(key):
+                words.append(re.sub(r"[^\w.=,+-]", "_", f"-{key}={value}"))
+        return "".join(words)
+
+    def step(self, share: float, config=None) -> int:
+        """The checkpoint, one with all averages' files, nearest to a share of a run."""
+        config = config or self.config
+        apart = config.averages_interval or config.ckpt_interval
+        steps = [step for step in config.checkpoint_steps if step % apart == 0]
+        return steps[nearest(steps, share * config.max_iters)]
 
     def points(self, n: int = 20, config=None) -> list[int]:
-        """About n checkpoint steps, evenly spread over a run, by default the scale's."""
+        """About n such steps, evenly spread over a run, by default the scale's, and the shares'."""
         config = config or self.config
-        steps = config.checkpoint_steps
-        found = {steps[nearest(steps, config.max_iters * i / n)] for i in range(1, n + 1)}
-        return sorted(found)
+        shares = [*(i / n for i in range(1, n + 1)), *SHARES]
+        return sorted({self.step(share, config) for share in shares})
+
+    def middle(self, step: int, k: int | None = None, spacing: int | None = None) -> int:
+        """The step in the middle of the window that ends at `step`, rounded to a checkpoint."""
+        back = ((k or self.k) - 1) * (spacing or self.spacing) / 2
+        steps = self.config.checkpoint_steps
+        return steps[nearest(steps, step - back)]
+
+    def configs(self, rates=None, **given) -> list:
+        """A configuration of this scale for every rate (default: all) and seed."""
+        import model
+        return [model.scale_config(self.values, **{"lr": rate, "seed": seed} | given)
+                for rate in rates or self.rates for seed in self.seeds]
+
+    def train(self, configs, state_at=(), **more) -> list[Path]:
+        """Train what is not trained, with its cost printed first; returns the run folders.
+
+        state_at: as for `runs.train_all`, with BRANCHES added; more: its other arguments.
+        """
+        import model
+        from lab.plan import plan
+        from lab.runs import train_all
+        missing = [c for c in configs if not (model.run_dir(c) / "summary.json").exists()]
+        if missing:
+            print(plan(missing))
+        branches = [self.step(share) for share in BRANCHES]
+        return train_all(configs, state_at=sorted({*state_at, *branches}), **more)
 
     def evaluate(self, configs, schemes, at, fields=("lr", "seed")) -> list[dict]:
         """Train what is not trained, evaluate runs and averages.
@@ -91,14 +172,9 @@ class Lab:
         return them. Returns its rows with the configurations' `fields` before them.
         """
         import model
-        from lab.plan import plan
-        from lab.runs import train_all
         configs = list(configs)
-        missing = [c for c in configs if not (model.run_dir(c) / "summary.json").exists()]
-        if missing:
-            print(plan(missing))
         rows = []
-        for config, run in zip(configs, train_all(configs), strict=True):
+        for config, run in zip(configs, self.train(configs), strict=True):
             rules = schemes(config) if callable(schemes) else schemes
             steps = at(config) if callable(at) else at
             about = {field: getattr(config, field) for field in fields}
@@ -112,27 +188,52 @@ class Lab:
         fig.savefig(self.folder / f"{name}.png", dpi=160, bbox_inches="tight")
         self.figures.append({"file": f"{name}.png", "title": title, "caption": caption})
 
-    def verdict(self, claim: str, *, holds: bool | None, ours: str, evidence: str, paper: str,
-                source: str, n: int, figure: str) -> None:
-        """Print a verdict and keep it.
+    def claim(self, words: str, found: Difference | None, *, at: str, published: str, source: str,
+              figure: str, later: bool = False, primary: str = "", value: float | None = None,
+              split=None, note: str = "") -> str:
+        """Judge a claim, print the verdict and keep it. Returns the outcome.
 
-        holds: None where this scale cannot tell; ours, paper: what was found here and there;
-        evidence: on what the verdict rests; source: of the published value; n: seeds; figure: the
-        name given to `figure`.
+        Args: words: the claim; found: the difference it rests on, positive where it is true, None
+        where nothing here tests it (note: why); at: where that was measured, "lr 1e-2, 40% of the
+        run"; published: what is published on it, with source, which begins with its mark ([S] read
+        in a source, [P] read off a plot, [I] inferred), later: by later work and not by the paper;
+        value: a published number to draw beside ours; primary: which of the paper's primary claims
+        this is, of report.PRIMARY; split: (noise removed, lag), two differences that make up the
+        gain; figure: the name given to `figure`; note: a sentence.
         """
-        word = {True: "holds", False: "does not hold", None: "undecided"}[holds]
-        scale = self.values["scale"]
-        print(f"{claim}: {word} at scale {scale} ({evidence}). Here: {ours}. Paper: {paper}.")
-        self.verdicts.append({
-            "claim": claim, "paper": paper, "paper_source": source, "ours": ours, "holds": holds,
-            "evidence": evidence, "n": n, "figure": f"{figure}.png"})
+        outcome = "not tested here" if found is None else found.outcome
+        if self.scale == "smoke":
+            outcome = "check"
+        lines = [f"{words}: {outcome.upper()}" if outcome != "check" else f"check: {words}"]
+        lines.append(f"  here       {at}: {found or 'nothing'}")
+        if split:
+            lines.append(f"  of which   noise removed {split[0].mean:+.3f}, "
+                         f"lag {split[1].mean:+.3f} nats")
+        lines.append(f"  {'later work' if later else 'the paper'}  {published} {source}")
+        if note:
+            lines.append(f"  note       {note}")
+        print("\n".join(lines))
+        kept = {"claim": words, "outcome": outcome, "at": at, "published": published,
+                "source": source, "later": later, "primary": primary, "value": value,
+                "note": note, "figure": f"{figure}.png"}
+        if found is not None:
+            # JSON has no infinity: an interval without ends is null
+            ends = [end if math.isfinite(end) else None for end in (found.low, found.high)]
+            kept |= {"mean": found.mean, "low": ends[0], "high": ends[1], "p": found.p,
+                     "n": found.n, "over": found.over, "margin": found.margin, "unit": found.unit,
+                     "pairs": [list(pair) for pair in found.pairs]}
+        if split:
+            kept |= {"noise_removed": split[0].mean, "lag": split[1].mean}
+        self.claims.append(kept)
+        return outcome
 
     def record(self, rows: list[dict]) -> None:
         """Write rows.csv and, last and atomically, record.json: what lab/report.py reads."""
         import torch
+        columns = [name for name in rows[0] if name not in ("losses", "gains")]  # arrays
         path = self.folder / "rows.csv"
         with lawa_core.replacing(path) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         command = ["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb"]
@@ -141,13 +242,13 @@ class Lab:
                 command += ["-p", key, str(value)]
         record = {
             "notebook": self.name, "title": self.name.replace("_", " "), "question": self.question,
-            "scale": self.values["scale"],
+            "scale": self.scale,
             "params": {key: value for key, value in self.values.items() if key != "out"},
             "command": shlex.join(command),
             "seconds": round(time.monotonic() - self.begun, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-            "rows": "rows.csv", "figures": self.figures, "verdicts": self.verdicts}
+            "rows": "rows.csv", "figures": self.figures, "claims": self.claims}
         with lawa_core.replacing(self.folder / "record.json") as part:
             part.write_text(json.dumps(record, indent=1, ensure_ascii=False))
 
@@ -201,7 +302,7 @@ def numbers(name: str, value, kind=float) -> list:
     return found
 
 
-# ---- 2. Statistics ----
+# ---- 2. Rows ----
 
 def grid(rows: list[dict], column: str, **axes) -> np.ndarray:
     """`column` of the rows as an array, nan where there is no row.
@@ -227,51 +328,6 @@ def grid(rows: list[dict], column: str, **axes) -> np.ndarray:
 def nearest(steps, wanted: float) -> int:
     """The index of the step nearest to `wanted`, the first of two that are as near."""
     return min(range(len(steps)), key=lambda i: abs(steps[i] - wanted))
-
-
-def chosen_elsewhere(values) -> list[int]:
-    """For each seed the candidate that is best on the mean of the *other* seeds.
-
-    So no run chooses for itself; only a single seed does. values: (candidates, seeds), higher is
-    better, nan where a candidate does not exist.
-    """
-    values = np.asarray(values, float)
-    n = values.shape[1]
-    chosen = []
-    for seed in range(n):
-        others = np.delete(values, seed, axis=1) if n > 1 else values
-        chosen.append(int(np.nanargmax(others.mean(1))))
-    return chosen
-
-
-def beyond_spread(differences) -> bool | None:
-    """Is a paired difference positive for every seed, and its mean above its standard deviation?
-
-    None for a single seed.
-    """
-    differences = np.asarray(differences, float)
-    if len(differences) < 2:
-        return None
-    return bool((differences > 0).all() and differences.mean() > differences.std(ddof=1))
-
-
-def in_favour(differences) -> str:
-    """"3 of 3 seeds": how many of the paired differences are positive."""
-    return f"{int((np.asarray(differences) > 0).sum())} of {len(differences)} seeds"
-
-
-def mean_se(values) -> tuple[float, float]:
-    """(mean, standard error of the mean); nan for a single value's error."""
-    values = np.asarray(values, float)
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
-
-
-def pm(values, digits: int = 3) -> str:
-    """"+0.041 ± 0.006": mean and standard error of a few differences."""
-    mean, error = mean_se(values)
-    spread = f" ± {error:.{digits}f}" if math.isfinite(error) else " (one seed)"
-    return f"{mean:+.{digits}f}{spread}"
 
 
 # ---- 3. Figures ----
