@@ -1242,22 +1242,47 @@ def sweep_files(source, schemes: Mapping[str, Callable], at, out_dir, **options)
 
 # ---- 7. Search -----------------------------------------------------------------------------------
 
+def predicted_gain(window: Mapping[int, float], noise: float, tau: float, drift: float) -> float:
+    """What a mean, {step: weight}, gains over its newest step in a model (after 2301.02312): noise,
+    in nats, that relaxes in tau steps averages out; a drift in nats per step makes the mean lag."""
+    steps, weights = np.array(list(window.items()), float).T
+    alike = np.exp(-abs(np.subtract.outer(steps, steps)) / tau)
+    return noise * (1 - weights @ alike @ weights) - drift * (weights @ (steps.max() - steps))
+
+
+def fit_gains(windows, gains) -> tuple[float, float, float]:
+    """The model's (noise, tau, drift) for the gains of windows, by least squares, none below 0.
+
+    Leave out windows so wide that they lose much: the drift is taken as steady."""
+    gains, steps = np.asarray(gains, float), sorted(set().union(*windows))
+    lag = np.array([predicted_gain(window, 0, 1, 1) for window in windows])
+    found = []
+    for tau in np.geomspace(np.diff(steps).min() / 4, steps[-1] - steps[0], 100):
+        removed = np.array([predicted_gain(window, 1, tau, 0) for window in windows])
+        both = np.linalg.lstsq(np.array([removed, lag]).T, gains, rcond=None)[0]
+        one, other = (max(part @ gains / (part @ part), 0) for part in (removed, lag))
+        for noise, drift in ((one, 0), (0, other), both):  # both may have one below 0
+            if noise >= 0 and drift >= 0:
+                miss = ((noise * removed + drift * lag - gains) ** 2).sum()
+                found.append((miss, noise, tau, drift))
+    return tuple(map(float, min(found)[1:]))
+
+
 def search(source, evaluate: Callable[[dict], object], at: int | None = None, budget: int = 12,
            ks=(2, 3, 5, 8, 12), key: str | None = None) -> dict:
     """The best LAWA window on a trajectory, in at most `budget` evaluations, the run's included.
 
     source: what `open_trajectory` takes; evaluate: {name: tensor} -> loss, or the losses of equally
-    many blocks, paired, so that the answer has a standard error; NaN is worst; at: a step, default
-    the newest.
-    What decides is the window's span k * spacing (2507.17634), and gain over span is an inverted U:
-    so a bisection over spans at the middle k, then the other k at the best span.
-    Returns {"best": scheme, "gain", "gain_se", "sure": text, "trials": [{"scheme", "loss", "gain",
-    "gain_se"}]}.
+    many blocks, paired, so that the answer has a standard error; NaN is worst; at: default newest.
+    Gain over span k * spacing is an inverted U (2507.17634): so a bisection over spans at the
+    middle k, then what a model fitted to these proposes, then other windows of the best span.
+    Returns {"best": scheme, "gain", "gain_se", "sure": text, "model": text, "trials": [{"scheme",
+    "loss", "gain", "gain_se"}]}.
     """
     trajectory = open_trajectory(source, key)
     positive(budget=budget)
     at = trajectory.steps[-1] if at is None else at
-    losses: dict[object, np.ndarray] = {}
+    run, losses = newest(), {}  # {scheme: (blocks,)}
 
     def loss(scheme) -> float:
         if scheme not in losses and len(losses) < budget:
@@ -1265,18 +1290,19 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
             losses[scheme] = np.atleast_1d(np.asarray(found, float))
         mean = losses[scheme].mean() if scheme in losses else math.inf
         return math.inf if math.isnan(mean) else float(mean)
-    loss(newest())
-    windows = []
+    loss(run)
+    windows = {}  # {scheme: its weights}
     for k in ks:
         for spacing in [at - step for step in trajectory.steps if step < at]:
             with contextlib.suppress(LawaError):  # not all of its checkpoints are there
-                if len(row(lawa(k, spacing), trajectory.steps, at)) == k:
-                    windows.append(lawa(k, spacing))
+                weights = row(lawa(k, spacing), trajectory.steps, at)
+                if len(weights) == k:
+                    windows[lawa(k, spacing)] = weights
     if not windows:
         raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step "
                         f"{at}; there are {some(trajectory.steps)}")
     middle = sorted(ks)[len(ks) // 2]
-    line = [w for w in windows if w.k == middle] or windows
+    line = [w for w in windows if w.k == middle] or list(windows)
     line.sort(key=lambda w: w.k * w.spacing)
     low, high = 0, len(line) - 1
     while low < high and len(losses) < budget - len(ks) + 1:
@@ -1285,30 +1311,49 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
             high = left
         else:
             low = left + 1
-    best = min(losses.keys() - {newest()} or {line[low]}, key=loss)
+    best = min(losses.keys() - {run} or {line[low]}, key=loss)
+    # what loses more than the best one gains is too wide for the model
+    most = loss(run) - loss(best)
+    known = [w for w in losses if w != run and most > loss(w) - loss(run) > -math.inf]
+    model = f"cannot tell: only {len(known)} windows to fit it to"
+    if len(known) > 3:
+        gains = [loss(run) - loss(w) for w in known]
+        noise, tau, drift = fit = fit_gains([windows[w] for w in known], gains)
+        expected = {w: predicted_gain(window, *fit) for w, window in windows.items()}
+        miss = math.dist(gains, [expected[w] for w in known]) / math.sqrt(len(known))
+        model = (f"from {len(known)} evaluations: noise {noise:.2g} nats, relaxation {tau:.2g} "
+                 f"steps, drift {drift:.1g} nats per step; ")
+        if noise == 0 or miss > max(gains) / 4:
+            model += f"cannot tell: it sees no noise, or misses the gains, by {miss:.2g} nats"
+        else:
+            top = max(windows, key=expected.get)
+            model += f"predicts best {top}, gain {expected[top]:+.4f}"
+            best = min(best, top, key=loss)
+            if top in losses:
+                model += f", measured {loss(run) - loss(top):+.4f}"
     span = best.k * best.spacing
     for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / span))):
         loss(scheme)
     best = min(losses, key=loss)
 
-    def gain(scheme, than) -> tuple[float, float | None]:
+    def gain(scheme, than=run) -> tuple[float, float | None]:
         """How much lower the scheme's loss is, and the standard error over blocks."""
         gains = losses[than] - losses[scheme]
         error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
         return float(gains.mean()), error
     trials = []
     for scheme, values in losses.items():
-        more, error = gain(scheme, newest())
-        trials.append({"scheme": str(scheme), "loss": float(values.mean()), "gain": more,
-                       "gain_se": error})
-    more, error = gain(best, newest())
+        answer = str(scheme), float(values.mean()), *gain(scheme)
+        trials.append(dict(zip(("scheme", "loss", "gain", "gain_se"), answer, strict=True)))
+    more, error = gain(best)
     sure = "no spread known: the validation gave one number per model; give one per block"
     if error is not None:
         others = [gain(best, scheme) for scheme in losses if scheme != best]
         close = sum(ahead < 2 * spread for ahead, spread in others)
         sure = (f"gain {more:+.4f} +- {error:.4f} (standard error over {len(losses[best])} "
                 f"blocks); {close} other windows are within 2 standard errors")
-    return {"best": best, "gain": more, "gain_se": error, "sure": sure, "trials": trials}
+    found = {"best": best, "gain": more, "gain_se": error}
+    return found | {"sure": sure, "model": model, "trials": trials}
 
 
 # ---- 8. Online averages --------------------------------------------------------------------------
@@ -1559,7 +1604,7 @@ COMMANDS = {  # name: (what it does, its options)
     "inspect": ("Show steps, sizes, types, how far the weights moved, and problems.", INPUTS),
     "average": ("Write one average of checkpoints.", INPUTS | HOW | AT | OUT),
     "sweep": ("Write averages of several schemes at many steps.", INPUTS | HOW | EVERY | OUT),
-    "search": ("Find the best LAWA window with a validation command.", INPUTS | AT | TRY),
+    "search": ("Find the best LAWA window: a validation command, and a model.", INPUTS | AT | TRY),
     "export": ("Write one checkpoint as a Hugging Face folder.", INPUTS | AT | OUT),
 }
 
@@ -1704,7 +1749,7 @@ def show(result: dict) -> None:
         print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
               f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
     if "sure" in result:
-        print(f"best: {result['best']}; {result['sure']}")
+        print(f"model {result['model']}\nbest: {result['best']}; {result['sure']}")
     for problem in result.get("problems", []):
         print(f"problem: {problem}")
 

@@ -13,21 +13,30 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 usage() {
   cat <<'HELP'
 ./run_all.sh [options]    run the notebooks, write results/ and results/index.html
+./run_all.sh figure NAME [options]    this notebook's figures alone, training only what they need
 ./run_all.sh test         ruff, the tests, and every notebook at its committed settings (nbval)
 
   --scale NAME      smoke, laptop (default), gpu-hour, gpt2-small, gpt2-medium, gpt2-large
   --only NOTEBOOK   only this one, e.g. lr_sweep; may be repeated
-  --results DIR     where to write (default: results/ in the project)
-  --jobs N          runs trained at a time, sharing the cores (default: one per core; one on a GPU)
+  -p NAME VALUE     a parameter, e.g. -p lrs 6e-4,6e-3, for those of the notebooks that have it; may
+                    be repeated. Other parameters have a results folder of their own.
+  --results DIR     where to write (default: results/ in the project, at other scales than laptop
+                    results/scale-NAME)
+  --jobs N          runs trained at a time, sharing the cores (default: one per core; one per GPU)
   --force           also redo finished notebooks
   --list            print one command per notebook and run nothing:
                       ./run_all.sh --list | tr '\n' '\0' | xargs -0 -n 1 -P 4 bash -c
                       bash -c "$(./run_all.sh --list | sed -n "${SLURM_ARRAY_TASK_ID}p")"
   --help            this text
 
-Works in the active virtual or conda environment, else in .venv, which it makes. A notebook is
-redone only when it, the code, the corpus or the scale changed. Ctrl-C loses at most the notebook in
-flight, and its training resumes next time.
+At the paper's scales (gpt2-...) `figure` keeps only the checkpoints that the notebook's averages
+need: it gives -p disk_budget 0. With -p disk_budget GB a run keeps as many more as fit. What does
+not fit disk or memory is refused before it trains; -p force True trains all the same.
+
+lr_sweep comes first, and the page is renewed after every notebook. Works in the active virtual or
+conda environment, else in .venv, which it makes. A notebook is redone only when it, the code, the
+corpus, the scale or its parameters changed. Ctrl-C loses at most the notebook in flight, and its
+training resumes next time.
 Exit status: 0 all well, 1 something failed, 2 bad usage, 130 interrupted.
 HELP
 }
@@ -115,8 +124,57 @@ run_tests() {
 
 # --- notebooks ---
 
-stamp_of() { # what a notebook's result depends on: itself, the code, the corpus, the scale
-  cat "notebooks/$1.ipynb" ./*.py lab/*.py data/stdlib/meta.json - <<<"$scale" | hash256
+# first what the others stand on; notebooks that are not listed come last
+order='lr_sweep spacing_ablation averaging_baselines blend budget annealing model_size loss_spikes
+  batch_and_rate pythia_replay'
+
+has_parameter() { # has_parameter NOTEBOOK NAME
+  grep -q "^ *\"$2: " "notebooks/$1.ipynb"
+}
+
+parameters_of() { # sets `options` to those of -p that a notebook has, "-p NAME VALUE ..."
+  local i
+  options=()
+  for ((i = 0; i < ${#given[@]}; i += 2)); do
+    if has_parameter "$1" "${given[i]}"; then
+      options+=(-p "${given[i]}" "${given[i + 1]}")
+    fi
+  done
+}
+
+# folder_of NAME: what Lab calls the folder of its results with those parameters
+folder_of() {
+  if ((${#options[@]} == 0)); then
+    echo "$1"
+    return
+  fi
+  python3 - "$1" "${options[@]}" <<'PY'
+import ast, json, sys
+from types import SimpleNamespace
+from lab import Lab
+
+def value(text):  # as papermill reads it
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"True": True, "False": False, "None": None}.get(text, text)
+
+name, *words = sys.argv[1:]
+given = dict(zip(words[1::3], map(value, words[2::3])))
+for cell in json.load(open(f"notebooks/{name}.ipynb", encoding="utf-8"))["cells"]:
+    if "parameters" in cell["metadata"].get("tags", ()):
+        tree = ast.parse("".join(cell["source"]))
+names = [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
+given = {key: given[key] for key in names if key in given}
+print(name + Lab._changes(SimpleNamespace(name=name, given=given)))
+PY
+}
+
+stamp_of() { # what a notebook's result depends on: itself, the code, the corpus, the parameters
+  cat "notebooks/$1.ipynb" ./*.py lab/*.py data/stdlib/meta.json - <<<"$scale ${options[*]-}" |
+    hash256
 }
 
 last_error() { # the last line of a log that names an error, else its last line
@@ -132,9 +190,16 @@ row() { table+=$(printf '%-28s %-7s %7s%s' "$1" "$2" "$3" "${4:+  $4}")$'\n'; }
 # finished notebook is ever half written; it runs as a job of its own, so that Ctrl-C reaches it
 # through on_signal only.
 run_notebook() {
-  local name=$1 dir=$results/$1 began=$SECONDS status=0 stamp
-  local log=$dir/$name.log
-  stamp=$(stamp_of "$name")
+  local notebook=$1 name dir log stamp began=$SECONDS status=0
+  parameters_of "$notebook"
+  if ! name=$(folder_of "$notebook"); then
+    row "$notebook" FAILED - "its parameters cannot be read; the message is above"
+    failed=1
+    return
+  fi
+  dir=$results/$name
+  log=$dir/$name.log
+  stamp=$(stamp_of "$notebook")
   if [[ -z $force && -f $dir/$name.ipynb && $stamp == "$(cat "$dir/.stamp" 2>/dev/null)" ]]; then
     row "$name" cached -
     return
@@ -143,9 +208,9 @@ run_notebook() {
   rm -f "$dir/.stamp"
   partial=$dir/$name.partial.ipynb
   set -m
-  python3 -m papermill "notebooks/$name.ipynb" "$partial" -p scale "$scale" -p out "$results" \
-    -k python3 --no-progress-bar --log-level WARNING --stdout-file - --stderr-file - \
-    </dev/null 2>"$log" &
+  python3 -m papermill "notebooks/$notebook.ipynb" "$partial" -p scale "$scale" \
+    -p out "$results" ${options[@]+"${options[@]}"} -k python3 --no-progress-bar \
+    --log-level WARNING --stdout-file - --stderr-file - </dev/null 2>"$log" &
   child=$!
   set +m
   wait $child || status=$?
@@ -159,6 +224,7 @@ run_notebook() {
     python3 -m nbconvert --to html --log-level ERROR "$dir/$name.ipynb" </dev/null || true
     echo "$stamp" >"$dir/.stamp"
     row "$name" "done" $((SECONDS - began))
+    page
     return
   fi
   failed=1
@@ -167,6 +233,11 @@ run_notebook() {
     mv "$partial" "$dir/$name.failed.ipynb" && log=$dir/$name.failed.ipynb
   fi
   table+="  see $log"$'\n'
+  page
+}
+
+page() { # the page so far
+  python3 -m lab.report "$results" >/dev/null 2>&1 </dev/null || true
 }
 
 finish() { # the table and the page, also after Ctrl-C
@@ -190,7 +261,7 @@ on_signal() { # on_signal EXIT_STATUS
 
 # --- command line ---
 
-scale=laptop results=$root/results force='' list='' only=()
+scale=laptop results='' force='' list='' figure='' only=() given=() options=()
 names=() table='' failed=0 child='' partial=''
 trap 'exit 130' INT
 
@@ -201,13 +272,25 @@ if [[ ${1:-} == test ]]; then
   exit
 fi
 
+if [[ ${1:-} == figure ]]; then
+  [[ -n ${2:-} && $2 != -* ]] || fail 2 "figure needs a notebook; see ./run_all.sh --help"
+  figure=1 only=("$(basename "$2" .ipynb)")
+  shift 2
+fi
+
 while (($#)); do
   case $1 in
+    -p)
+      [[ ${2:-} =~ ^[A-Za-z_][A-Za-z_0-9]*$ && $# -ge 3 ]] ||
+        fail 2 "-p needs a name and a value; see ./run_all.sh --help"
+      [[ $2 != scale && $2 != out ]] || fail 2 "-p $2: use --scale and --results"
+      ;;
     --scale | --only | --results | --jobs)
       [[ -n ${2:-} && $2 != -* ]] || fail 2 "$1 needs a value; see ./run_all.sh --help"
       ;;
   esac
   case $1 in
+    -p) given+=("$2" "$3") && shift 2 ;;
     --scale) scale=$2 && shift ;;
     --only) only+=("$(basename "$2" .ipynb)") && shift ;;
     --results) if [[ $2 == /* ]]; then results=$2; else results=$caller/$2; fi && shift ;;
@@ -222,8 +305,16 @@ while (($#)); do
   shift
 done
 
+if [[ -z $results ]]; then
+  results=$root/results
+  [[ $scale == laptop ]] || results+=/scale-$scale
+fi
+for name in $order; do
+  [[ -f notebooks/$name.ipynb ]] && names+=("$name")
+done
 for notebook in notebooks/*.ipynb; do
-  [[ -f $notebook ]] && names+=("$(basename "$notebook" .ipynb)")
+  name=$(basename "$notebook" .ipynb)
+  [[ -f $notebook && " ${names[*]-} " != *" $name "* ]] && names+=("$name")
 done
 ((${#names[@]})) || fail 2 "no notebooks in $root/notebooks"
 for name in ${only[@]+"${only[@]}"}; do
@@ -231,10 +322,24 @@ for name in ${only[@]+"${only[@]}"}; do
 done
 ((${#only[@]})) && names=("${only[@]}")
 
+if [[ -n $figure && $scale == gpt2-* && " ${given[*]-} " != *" disk_budget "* ]] &&
+  has_parameter "${names[0]}" disk_budget; then
+  given+=(disk_budget 0)
+fi
+for ((i = 0; i < ${#given[@]}; i += 2)); do
+  for name in "${names[@]}"; do
+    ! has_parameter "$name" "${given[i]}" || continue 2
+  done
+  fail 2 "-p ${given[i]}: no such parameter in ${names[*]}"
+done
+
 if [[ -n $list ]]; then
   for name in "${names[@]}"; do
-    printf '%q --scale %q --results %q --only %q%s%s\n' "$root/run_all.sh" "$scale" "$results" \
+    parameters_of "$name"
+    printf '%q --scale %q --results %q --only %q%s%s' "$root/run_all.sh" "$scale" "$results" \
       "$name" "$force" "${LAWA_JOBS:+ --jobs $LAWA_JOBS}"
+    ((${#options[@]} == 0)) || printf ' %q' "${options[@]}"
+    echo
   done
   exit
 fi

@@ -453,7 +453,7 @@ def sweep(args, folder):
         training.append(
             config.tokens_per_step * config.max_iters / side_by_side(folder, args.steps)
         )
-        (run / "eval.csv").unlink(missing_ok=True)
+        (run / f"eval_{LAPTOP['n_blocks']}.npz").unlink(missing_ok=True)
         begun = time.perf_counter()
         model.evaluate_trajectory(run, schemes, points, LAPTOP["n_blocks"], device="cpu")
         evaluating.append(time.perf_counter() - begun)

@@ -83,7 +83,9 @@ class Lab:
         # as typed: 6e-4 * 10 would be 0.005999999999999999, and name another run
         self.rates = sorted(float(f"{rate:.6g}") for rate in numbers("lrs", rates))
         self.lr = self.rates[len(self.rates) // 2]
-        self.config = model.scale_config(self.values, lr=self.lr)  # refuses values out of range
+        self.config = model.scale_config(self.values, lr=self.lr)
+        for rate in self.rates:
+            model.scale_config(self.values, lr=rate)  # refuses values out of range
         model.open_corpus(self.config.corpus)  # and a missing corpus
         self.k = self.values["k"]
         self.spacing = self.values["spacing"]
@@ -122,7 +124,8 @@ class Lab:
                      for node in tree.body if isinstance(node, ast.AnnAssign)}
         words = []
         for key, value in self.given.items():
-            if key not in ("scale", "out") and value != committed.get(key):
+            same = key in ("scale", "out", "disk_budget", "force") or value == committed.get(key)
+            if not same:
                 words.append(re.sub(r"[^\w.=,+-]", "_", f"-{key}={value}"))
         return "".join(words)
 
@@ -139,10 +142,11 @@ class Lab:
         shares = [*(i / n for i in range(1, n + 1)), *SHARES]
         return sorted({self.step(share, config) for share in shares})
 
-    def middle(self, step: int, k: int | None = None, spacing: int | None = None) -> int:
+    def middle(self, step: int, k: int | None = None, spacing: int | None = None,
+               config=None) -> int:
         """The step in the middle of the window that ends at `step`, rounded to a checkpoint."""
         back = ((k or self.k) - 1) * (spacing or self.spacing) / 2
-        steps = self.config.checkpoint_steps
+        steps = (config or self.config).checkpoint_steps
         return steps[nearest(steps, step - back)]
 
     def configs(self, rates=None, **given) -> list:
@@ -151,19 +155,44 @@ class Lab:
         return [model.scale_config(self.values, **{"lr": rate, "seed": seed} | given)
                 for rate in rates or self.rates for seed in self.seeds]
 
-    def train(self, configs, state_at=(), **more) -> list[Path]:
+    def train(self, configs, state_at=(), *, schemes=None, at=(), **more) -> list[Path]:
         """Train what is not trained, with its cost printed first; returns the run folders.
 
-        state_at: as for `runs.train_all`, with BRANCHES added; more: its other arguments.
+        state_at: as for `runs.train_all`, with BRANCHES added; more: its other arguments. schemes,
+        at: as for `evaluate`, and used with the parameter disk_budget (GB a run) only: checkpoints
+        are kept that these need, beside those of both windows at 20 points; 0: no others.
+        Errors: LawaError where disk or memory are not enough, unless the parameter force is set.
         """
         import model
-        from lab.plan import plan
-        from lab.runs import train_all
+        from lab.plan import plan, smallest
+        from lab.runs import Windows, train_all, usual_jobs
+        configs = list(configs)
+        budget = self.values.get("disk_budget")
+        if budget is not None:
+            windows = [lawa_core.lawa(self.k, spacing) for spacing in (self.spacing, self.wide)]
+            needs = []
+            for config in configs:
+                points = self.points(20, config)
+                middles = [self.middle(point, self.k, window.spacing, config)
+                           for point in points for window in windows]
+                needs += [(tuple(windows), tuple(points)), ((), tuple(middles))]
+                rules = schemes(config) if callable(schemes) else schemes or {}
+                steps = at(config) if callable(at) else at
+                stored = [rule for rule in rules.values() if not isinstance(rule, str)]
+                needs.append((tuple(stored), tuple(steps)))
+            keep = Windows(tuple(dict.fromkeys(needs)))
+            size = budget * 1e9 or smallest(configs, keep)
+            more = {"keep": keep, "disk_budget": size} | more
+        states = sorted({*state_at, *(self.step(share) for share in BRANCHES)})
         missing = [c for c in configs if not (model.run_dir(c) / "summary.json").exists()]
         if missing:
-            print(plan(missing))
-        branches = [self.step(share) for share in BRANCHES]
-        return train_all(configs, state_at=sorted({*state_at, *branches}), **more)
+            limits = {name: more[name] for name in ("keep", "disk_budget") if name in more}
+            cost = plan(missing, states=len(states) + 1, jobs=usual_jobs(), **limits)
+            print(cost)
+            if cost.lacking and not self.values.get("force"):
+                told = [f"not enough {what}: {words}" for what, words in cost.lacking.items()]
+                raise LawaError("; ".join(told) + "; or go on all the same with -p force True")
+        return train_all(configs, state_at=states, **more)
 
     def evaluate(self, configs, schemes, at, fields=("lr", "seed")) -> list[dict]:
         """Train what is not trained, evaluate runs and averages.
@@ -174,12 +203,14 @@ class Lab:
         import model
         configs = list(configs)
         rows = []
-        for config, run in zip(configs, self.train(configs), strict=True):
+        runs = self.train(configs, schemes=schemes, at=at)
+        for config, run in zip(configs, runs, strict=True):
             rules = schemes(config) if callable(schemes) else schemes
             steps = at(config) if callable(at) else at
             about = {field: getattr(config, field) for field in fields}
             for row in model.evaluate_trajectory(run, rules, steps, self.values["n_blocks"]):
                 rows.append(about | row)
+        _clear_progress()
         return rows
 
     def figure(self, fig, name: str, title: str, caption: str) -> None:
@@ -217,11 +248,10 @@ class Lab:
                 "source": source, "later": later, "primary": primary, "value": value,
                 "note": note, "figure": f"{figure}.png"}
         if found is not None:
-            # JSON has no infinity: an interval without ends is null
-            ends = [end if math.isfinite(end) else None for end in (found.low, found.high)]
-            kept |= {"mean": found.mean, "low": ends[0], "high": ends[1], "p": found.p,
-                     "n": found.n, "over": found.over, "margin": found.margin, "unit": found.unit,
-                     "pairs": [list(pair) for pair in found.pairs]}
+            kept |= {"mean": _number(found.mean), "low": _number(found.low),
+                     "high": _number(found.high), "p": found.p, "n": found.n, "over": found.over,
+                     "margin": found.margin, "unit": found.unit,
+                     "pairs": [[key, _number(a), _number(b)] for key, a, b in found.pairs]}
         if split:
             kept |= {"noise_removed": split[0].mean, "lag": split[1].mean}
         self.claims.append(kept)
@@ -251,6 +281,19 @@ class Lab:
             "rows": "rows.csv", "figures": self.figures, "claims": self.claims}
         with lawa_core.replacing(self.folder / "record.json") as part:
             part.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def _clear_progress() -> None:
+    """In a notebook, lines of progress go once the work is done, as all that the cell printed."""
+    from IPython import get_ipython
+    from IPython.display import clear_output
+    if get_ipython():
+        clear_output(wait=True)
+
+
+def _number(value) -> float | None:
+    """The number; None for one that JSON does not know."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _parameters(namespace: dict) -> dict:

@@ -54,8 +54,9 @@ class Difference:
         ends = f"{self.low:+.{digits}f}, {self.high:+.{digits}f}"
         if not math.isfinite(self.low):
             ends = "no interval"
+        over = self.over if self.n > 1 else self.over.removesuffix("s")
         return (f"{self.mean:+.{digits}f} [{ends}] {self.unit} "
-                f"({LEVEL:.0%} interval, {self.n} {self.over})")
+                f"({LEVEL:.0%} interval, {self.n} {over})")
 
 
 def difference(values, *, margin: float = MARGIN, unit: str = "nats", over: str = "seeds",
@@ -70,13 +71,14 @@ def difference(values, *, margin: float = MARGIN, unit: str = "nats", over: str 
     n = len(values)
     if not n:
         raise LawaError("expected at least one paired difference, got none")
+    low, high, p = -math.inf, math.inf, 1.0
+    if not np.isfinite(values).all():
+        return Difference(math.nan, low, high, p, n, over, margin, unit, tuple(pairs))
     mean = float(values.mean())
     error = values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    if n == 1 or not np.isfinite(values).all():
-        low, high, p = -math.inf, math.inf, 1.0
-    elif error == 0:
+    if error == 0:
         low, high, p = mean, mean, float(mean == 0)
-    else:
+    elif n > 1:
         half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * error)
         low, high = mean - half, mean + half
         p = float(2 * stdtr(n - 1, -abs(mean) / error))
@@ -88,15 +90,15 @@ def compare(rows: list[dict], one, other, *, column: str = "loss", margin: float
     """By how much `one` is better than `other`: paired by seed, by block where there is one seed.
 
     Args: rows: of `Lab.evaluate`; one, other: what tells the two apart, such as {"scheme": "lawa",
-    "lr": 1e-2}, or the label of a scheme alone; where: what they share, such as step=4000;
+    "lr": 1e-2}, or the label of a scheme alone; where: what they share, such as step=4000. A value
+    that differs from seed to seed is {seed: value}, for what `chosen_elsewhere` chose.
     column: "loss", of which less is better, or "gain", of which more is.
     Errors: LawaError where the rows do not have the same seeds for both, each once.
     """
     sides = []
     for side in (one, other):
         wanted = where | (side if isinstance(side, dict) else {"scheme": side})
-        chosen = [row for row in rows
-                  if all(row[name] == value for name, value in wanted.items())]
+        chosen = [row for row in rows if _matches(row, wanted)]
         by_seed = {row["seed"]: row for row in chosen}
         if not chosen or len(by_seed) < len(chosen):
             raise LawaError(f"expected one row per seed for {wanted}, got {len(chosen)} of "
@@ -120,10 +122,20 @@ def compare(rows: list[dict], one, other, *, column: str = "loss", margin: float
     return difference(values, margin=margin, over=over, pairs=pairs)
 
 
+def _matches(row: dict, wanted: dict) -> bool:
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            value = value.get(row["seed"])
+        if row[name] != value:
+            return False
+    return True
+
+
 def least_clear(differences) -> Difference:
     """Of differences that must all be there, the one whose interval reaches lowest.
 
-    It is above zero only if all are, so that "at every size" needs no correction for their number.
+    It is above zero only if all are, so that "at every size" holds without a correction for their
+    number; "opposite", which one of them suffices for, is that many times as likely by chance.
     """
     return min(differences, key=lambda found: found.low)
 
@@ -147,7 +159,8 @@ def chosen_elsewhere(values) -> list[int]:
     chosen = []
     for seed in range(n):
         others = np.delete(values, seed, axis=1) if n > 1 else values
-        chosen.append(int(np.nanargmax(others.mean(1))))
+        there = np.where(np.isnan(values[:, seed]), np.nan, others.mean(1))
+        chosen.append(int(np.nanargmax(there)))
     return chosen
 
 

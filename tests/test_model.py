@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from lawa_core import LawaError, ema, lawa, open_trajectory
+from lawa_core import LawaError, ema, lawa, open_trajectory, parse_scheme
 from model import (
     GPT,
     Config,
@@ -81,12 +82,11 @@ def write_corpus(folder, seed=0, vocab_size=257, train_tokens=20_000, val_tokens
     return folder
 
 
-def rows(folder, file="metrics.csv", text=()):
-    """The rows of a table, as numbers but for the columns of `text`."""
+def rows(folder, file="metrics.csv"):
+    """The rows of a table of numbers."""
     with open(folder / file, newline="") as lines:
         return [
-            {name: value if name in text else float(value) for name, value in row.items()}
-            for row in csv.DictReader(lines)
+            {name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)
         ]
 
 
@@ -855,6 +855,7 @@ def test_any_other_field_is_another_folder(config, tmp_path):
         for name, value in dataclasses.asdict(config).items()
         if name not in ("corpus", "init_from", "init_step")
     }
+    fields["averages_interval"] = 2 * config.ckpt_interval
     folders = {
         name: run_dir(changed(config, **{name: value}), tmp_path) for name, value in fields.items()
     }
@@ -934,7 +935,7 @@ def test_online_averages_are_trajectories(config, run, tmp_path):
 @pytest.mark.parametrize("budget, kept", [(math.inf, 6), (4, 4), (2, 2), (1, 1)])
 def test_disk_budget(budget, kept, config, tmp_path):
     """Checkpoints are thinned out evenly; the last is always there."""
-    size = model.checkpoint_bytes(config, 257)
+    size = model.disk_bytes(config, 257, [2])
     steps = model.kept_steps(config, 257, None, budget * size)
     assert len(steps) <= kept and 12 in steps and steps <= set(config.checkpoint_steps)
     folder = train(config, tmp_path / "run", disk_budget=budget * size)
@@ -942,11 +943,114 @@ def test_disk_budget(budget, kept, config, tmp_path):
 
 
 def test_disk_budget_keeps_whole_windows(config):
-    size = model.checkpoint_bytes(config, 257)
+    size = model.disk_bytes(config, 257, [2])
     steps = model.kept_steps(config, 257, lawa(2, 2), 4 * size)
     assert steps >= {10, 12} and len(steps) <= 4
     with pytest.raises(LawaError, match="2 checkpoints"):
         model.kept_steps(config, 257, lawa(2, 2), size)
+
+
+# ---- averages whose files are further apart ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sparse(config):
+    """Checkpoints every 2 steps, files of two averages every 4."""
+    return changed(config, averages="ema(0.5); lawa(2, 1)", averages_interval=4)
+
+
+@pytest.fixture(scope="module")
+def sparse_run(sparse, tmp_path_factory):
+    return train(sparse, tmp_path_factory.mktemp("runs") / "sparse", state_at=[6])
+
+
+def test_files_of_averages_only_at_their_interval(sparse, sparse_run, config, tmp_path):
+    """The same averages and the same run as with a file at every checkpoint, but fewer files."""
+    every = train(changed(sparse, averages_interval=0), tmp_path / "every")
+    want = checkpoints(every)
+    for path in [*want]:
+        if "/" in path and int(Path(path).stem.removeprefix("ckpt_")) % 4:
+            del want[path]
+    assert checkpoints(sparse_run) == want
+    assert open_trajectory(sparse_run).steps == [2, 4, 6, 8, 10, 12]
+    for name in ("ema-0.5", "lawa-2-1"):
+        assert open_trajectory(sparse_run / name).steps == [4, 8, 12]
+    assert column(sparse_run, "loss") == column(every, "loss")
+
+
+def test_an_average_is_evaluated_where_it_has_a_file(sparse_run, tmp_path):
+    copy = shutil.copytree(sparse_run, tmp_path / "copy")
+    found = evaluate_trajectory(copy, {"kept": "lawa(2, 1)"}, [4, 12], n_blocks=4)
+    assert [row["step"] for row in found] == [4, 4, 12, 12]
+    with pytest.raises(LawaError, match="ckpt_6"):
+        evaluate_trajectory(copy, {"kept": "lawa(2, 1)"}, [6], n_blocks=4)
+
+
+def on_disk(run):
+    """Bytes of all checkpoints, but for their headers."""
+    total = 0
+    for path in run.rglob("*.safetensors"):
+        tensors = ref.read_safetensors(path)[0].values()
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"averages": "ema(0.5)"},
+        {"averages": "ema(0.5); lawa(2, 1)", "averages_interval": 4},
+        {"averages": "ema(0.5)", "averages_interval": 12},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("limit", [math.inf, 2_000_000])
+def test_disk_bytes_are_what_is_on_disk(fields, limit, config, tmp_path):
+    """Checkpoints and averages, whole and within a budget: the bytes of all weights."""
+    config = changed(config, **fields)
+    steps = model.kept_steps(config, 257, None, limit)
+    run = train(config, tmp_path / "run", disk_budget=limit)
+    predicted = model.disk_bytes(config, 257, steps)
+    assert predicted == on_disk(run) <= limit
+    files = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+    assert predicted < files < 1.02 * predicted  # a header names a few dozen tensors
+
+
+def test_a_budget_counts_averages_only_where_they_are_kept(sparse):
+    """Four checkpoints fit with one file of each average, three with two."""
+    one = model.disk_bytes(sparse, 257, [2])
+    assert model.disk_bytes(sparse, 257, [4]) == 3 * one
+    assert model.disk_bytes(sparse, 257, []) == 0
+    assert model.disk_bytes(sparse, 257, sparse.checkpoint_steps) == (6 + 2 * 3) * one
+    whole = model.kept_steps(sparse, 257, None, 12 * one)
+    assert whole == {2, 4, 6, 8, 10, 12}
+    assert model.kept_steps(sparse, 257, None, 11 * one) < whole
+
+
+@pytest.mark.parametrize("interval", [3, 1, 5, -2, 7])
+def test_an_interval_between_checkpoints_is_refused(interval, config):
+    with pytest.raises(LawaError, match=rf"averages_interval.*ckpt_interval = 2, got {interval}"):
+        changed(config, averages="ema(0.5)", averages_interval=interval)
+
+
+def test_a_run_with_sparse_averages_goes_on(sparse, sparse_run, tmp_path, nan_at, monkeypatch):
+    """Stopped between two files of the averages, it ends as in one go."""
+    folder = tmp_path / "run"
+    nan_at(8)
+    with pytest.raises(LawaError, match="step 8"):
+        train(sparse, folder, state_seconds=0, state_at=[6])
+    monkeypatch.undo()
+    assert not (folder / "ema-0.5" / "ckpt_8.safetensors").exists()
+    assert_same_run(train(sparse, folder, state_at=[6]), sparse_run)
+
+
+def test_a_run_with_sparse_averages_begins_with_another(sparse, sparse_run, tmp_path):
+    """From the state of step 6, at which the averages have no file."""
+    folder = train(sparse, tmp_path / "run", resume_from=sparse_run / "state_6.pt", state_at=[6])
+    assert not (folder / "state_6.pt").exists()  # step 6 is behind it
+    shutil.copy(sparse_run / "state_6.pt", folder)
+    assert_same_run(folder, sparse_run)
 
 
 LOSES_A_RANK = """
@@ -1162,6 +1266,8 @@ BAD = {  # flags that replace good ones, and words of the one line that answers
     "no such average": ({"averages": "ema(0.9); fast"}, "fast"),
     "an average that only looks back": ({"averages": "decay(100)"}, "averages decay"),
     "average twice": ({"averages": "ema(0.9); ema(0.9)"}, "averages ema(0.9)"),
+    "averages off the grid": ({"averages_interval": 3}, "averages_interval ckpt_interval 2 3"),
+    "negative interval": ({"averages_interval": -2}, "averages_interval -2"),
     "burst backwards": ({"burst_iters": -1}, "burst_iters -1"),
     "burst of no rate": ({"burst_factor": 0}, "burst_factor 0"),
     "start without weights": ({"init_step": 3}, "init_step init_from"),
@@ -1386,17 +1492,25 @@ SCHEMES = {  # label: scheme, its naive weights over steps 2, 4, ... 12
 }
 
 
+def plain(table):
+    """Rows whose arrays are lists, to be compared by ==."""
+    return [
+        {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in row.items()}
+        for row in table
+    ]
+
+
 def assert_rows(got, want):
     """The same rows in the same order, their numbers but for rounding."""
     names = ("run", "step", "scheme", "n_blocks")
+    got, want = plain(got), plain(want)
     assert [tuple(row[name] for name in names) for row in got] == [
         tuple(row[name] for name in names) for row in want
     ]
     for found, row in zip(got, want, strict=True):
         assert set(found) == set(row)
-        assert {name: found[name] for name in row if name not in names} == pytest.approx(
-            {name: value for name, value in row.items() if name not in names}, rel=1e-4, abs=2e-6
-        )
+        for name in set(row) - set(names):
+            assert found[name] == pytest.approx(row[name], rel=1e-4, abs=2e-6), name
 
 
 def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
@@ -1427,6 +1541,8 @@ def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
                     "loss_se": losses.std(ddof=1) / math.sqrt(20),
                     "gain": (own - losses).mean(),
                     "gain_se": (own - losses).std(ddof=1) / math.sqrt(20),
+                    "losses": losses,
+                    "gains": own - losses,
                 }
             )
     got = evaluate_trajectory(
@@ -1437,9 +1553,87 @@ def test_evaluate_trajectory_is_the_naive_computation(copied, corpus):
     assert min(map(abs, gains)) > 1e-4  # large enough to tell the sign
 
 
+def test_losses_of_blocks_agree_with_their_row(copied):
+    """Block by block, in double; a row's mean and standard error are theirs."""
+    schemes = {label: scheme for label, (scheme, _) in SCHEMES.items()}
+    own = {}
+    for row in evaluate_trajectory(copied, schemes, (4, 12), 10):
+        losses, gains = row["losses"], row["gains"]
+        assert losses.shape == gains.shape == (10,)
+        assert losses.dtype == gains.dtype == np.float64
+        for name, values in (("loss", losses), ("gain", gains)):
+            assert row[name] == pytest.approx(values.mean(), rel=1e-12, abs=1e-15)
+            assert row[f"{name}_se"] == pytest.approx(values.std(ddof=1) / math.sqrt(10))
+        if row["scheme"] == "run":
+            own[row["step"]] = losses
+            assert not gains.any()
+        assert np.array_equal(gains, own[row["step"]] - losses)
+
+
+def test_an_average_kept_while_training_is_not_taken_for_one_of_checkpoints(config, tmp_path):
+    """Both are called ema(0.5), but one is of every step: each has its own losses."""
+    run = train(changed(config, averages="ema(0.5)"), tmp_path / "run")
+    asked = {"kept": "ema(0.5)", "after": ema(0.5)}
+    for _ in range(2):  # the second time from the file
+        _, kept, after = evaluate_trajectory(run, asked, [12], 4)
+        assert abs(kept["loss"] - after["loss"]) > 1e-6
+        (_, alone) = evaluate_trajectory(run, {"after": ema(0.5)}, [12], 4)
+        assert alone["loss"] == after["loss"]
+
+
+EVALUATES = """
+import sys
+import model, lawa_core
+schemes = {text: lawa_core.parse_scheme(text) for text in sys.argv[2:]}
+print("ready", flush=True)
+sys.stdin.readline()
+model.evaluate_trajectory(sys.argv[1], schemes, n_blocks=4)
+"""
+
+
+def test_two_processes_evaluate_at_once(copied):
+    """Each keeps its rows after every step, and none of the other's are lost."""
+    texts = [["lawa(2, 2)", "lawa(3, 2)"], ["ema(0.5)", "ema(0.9)"]]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", EVALUATES, copied, *own], env=environment, **pipes)
+        for own in texts
+    ]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate(timeout=300)
+        assert process.returncode == 0
+    named = ["newest()", *(str(parse_scheme(text)) for text in (*texts[0], *texts[1]))]
+    expected = set(itertools.product(range(2, 13, 2), named))
+    found = model.read_losses(copied / "eval_4.npz")
+    assert set(found) == expected
+    assert {values.shape for values in found.values()} == {(4,)}
+
+
+def test_losses_kept_by_many_at_once(tmp_path):
+    path = tmp_path / "run" / "eval_3.npz"
+    with ThreadPoolExecutor(4) as pool:
+        for i in range(40):
+            values = np.full(3, i / 7)
+            pool.submit(model.keep_losses, path, {(i, f"lawa({i % 3})"): values})
+    found = model.read_losses(path)
+    assert {key: values.tolist() for key, values in found.items()} == {
+        (i, f"lawa({i % 3})"): [i / 7] * 3 for i in range(40)
+    }
+    assert listing(path.parent) == ["eval_3.npz"]  # nothing half-written stays
+    model.keep_losses(path, {(0, "lawa(0)"): np.ones(3)})  # the newer one counts
+    assert model.read_losses(path)[0, "lawa(0)"].tolist() == [1, 1, 1]
+    assert model.read_losses(None) == {} == model.read_losses(tmp_path / "none.npz")
+
+
 def test_evaluations_are_cached(copied):
     def ask(label="LAWA", scheme=SCHEMES["LAWA"][0], at=(4, 12), n_blocks=10):
-        return opened_by(lambda: evaluate_trajectory(copied, {label: scheme}, at, n_blocks))
+        return opened_by(lambda: plain(evaluate_trajectory(copied, {label: scheme}, at, n_blocks)))
 
     first, opened = ask()
     assert opened == {
@@ -1449,7 +1643,7 @@ def test_evaluations_are_cached(copied):
         "ckpt_10.safetensors",
         "ckpt_12.safetensors",
     }
-    assert (copied / "eval.csv").exists()
+    assert (copied / "eval_10.npz").exists()
     again, opened = ask()
     assert (again, opened) == (first, set())
     renamed, opened = ask(label="another name")
@@ -1460,6 +1654,7 @@ def test_evaluations_are_cached(copied):
         assert opened and other != first, change
         assert ask(**change) == (other, set())
     assert ask() == (first, set())
+    assert sorted(path.name for path in copied.glob("eval*")) == ["eval_10.npz", "eval_11.npz"]
 
 
 def test_evaluation_is_the_same_in_one_go_or_piece_by_piece(copied, run, tmp_path):
@@ -1509,15 +1704,16 @@ def test_a_trajectory_of_another_model(copied, corpus, tmp_path):
         )
 
     stop_at = 8
+    cache = tmp_path / "elsewhere" / "theirs.npz"
     with pytest.raises(KeyboardInterrupt):
-        ask(tmp_path / "rows.csv")
-    assert len(rows(tmp_path, "rows.csv", text=("scheme",))) >= 4  # of whole steps
+        ask(cache)
+    assert len(model.read_losses(cache)) >= 4  # of whole steps
     before = list(seen)
     stop_at = None
-    got = ask(tmp_path / "rows.csv")
-    assert [row | {"run": copied.name} for row in got] == want
+    got = plain(ask(cache))
+    assert [row | {"run": copied.name} for row in got] == plain(want)
     assert (2, "run") in before and (2, "run") not in seen[len(before) :]  # not evaluated again
-    assert ask(None) == got and not (theirs / "eval.csv").exists()
+    assert plain(ask(None)) == got and list(theirs.glob("eval*")) == []
 
 
 def test_a_trajectory_that_is_none_is_refused(tmp_path, copied):
@@ -1525,7 +1721,7 @@ def test_a_trajectory_that_is_none_is_refused(tmp_path, copied):
         evaluate_trajectory(tmp_path / "nowhere", {})
     with pytest.raises(LawaError, match="5"):
         evaluate_trajectory(copied, {}, (5,))
-    assert not (copied / "eval.csv").exists()
+    assert list(copied.glob("eval*")) == []
 
 
 # ---- the GPT -------------------------------------------------------------------------------------
@@ -1842,40 +2038,78 @@ PAPER = {  # tokens per step, checkpoint interval, usual rate, high rate, final 
 }
 
 
+def rates_of(values):
+    return [float(rate) for rate in values["lrs"].split(",")]
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_scales(name):
     tokens, interval, usual, high, final = PAPER[name]
-    config = model.scale_config(model.scale_values(name))
-    assert (config.preset, config.corpus, config.lr, config.ckpt_interval) == (
-        name,
-        "openwebtext",
-        usual,
-        interval,
-    )
+    values = model.scale_values(name)
+    assert rates_of(values) == [usual, high]
+    config = model.scale_config(values)
+    found = (config.preset, config.corpus, config.lr, config.ckpt_interval)
+    assert found == (name, "openwebtext", usual, interval)
     assert (config.max_iters, config.warmup_iters, config.schedule) == (70_000, 2000, "cosine")
-    assert (config.beta1, config.beta2, config.weight_decay, config.grad_clip) == (
-        0.9,
-        0.95,
-        0.1,
-        1.0,
-    )
-    assert (
-        config.batch_size * config.gradient_accumulation_steps * 1024
-        == config.tokens_per_step
-        == tokens
-    )
-    swept = model.scale_config(model.scale_values(name), lr=high)
+    optimizer = (config.beta1, config.beta2, config.weight_decay, config.grad_clip)
+    assert optimizer == (0.9, 0.95, 0.1, 1.0)
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    assert sequences * 1024 == config.tokens_per_step == tokens
+    swept = model.scale_config(values, lr=high)
     assert learning_rate(swept, 70_000) == pytest.approx(final, rel=1e-6)
+
+
+def test_the_window_of_the_released_interval():
+    """k = 5 checkpoints 200 steps apart are 1.4% of the paper's run at GPT-2 small; the miniature
+    has about that share, and a wider window beside it."""
+    shares = {}
+    for name in ("gpt2-small", "laptop"):
+        values = model.SCALES[name]
+        shares[name] = [values["k"] * values[key] / values["max_iters"]
+                        for key in ("spacing", "wide")]
+    assert shares["gpt2-small"][0] == pytest.approx(0.0143, abs=1e-4)
+    assert shares["laptop"] == pytest.approx([0.0125, 0.05])
+    assert shares["laptop"][0] == pytest.approx(shares["gpt2-small"][0], rel=0.15)
+
+
+def test_the_laptop_is_a_miniature_of_the_papers_run():
+    """Many small steps, the paper's share of warm-up, five seeds, enough text to tell 0.005."""
+    values = model.SCALES["laptop"]
+    config = model.scale_config(model.scale_values("laptop"))
+    assert (config.max_iters, config.tokens_per_step, config.schedule) == (10_000, 512, "cosine")
+    assert config.warmup_iters / config.max_iters == pytest.approx(2000 / 70_000, abs=0.002)
+    assert len(values["seeds"].split(",")) == 5
+    assert values["n_blocks"] >= 256 and values["n_blocks"] * config.block_size >= 32_000
 
 
 @pytest.mark.parametrize("name", model.SCALES)
 def test_every_scale_is_consistent(name):
+    assert "lr" not in model.SCALES[name]  # a sweep's rates are the scale's
     values = model.scale_values(name)
+    rates = rates_of(values)
+    assert values["lr"] == rates[0] and sorted(set(rates)) == rates
     config = model.scale_config(values)
-    assert values["spacing"] % config.ckpt_interval == 0 and values["k"] >= 1
-    assert (
-        config.warmup_iters + (values["k"] - 1) * values["spacing"] < config.max_iters
-    )  # a full window past the warm-up
+    assert config.lr == rates[0]
+    assert values["k"] >= 1 and values["wide"] >= values["spacing"]
+    for spacing in (values["spacing"], values["wide"]):
+        assert spacing % config.ckpt_interval == 0
+        # a full window past the warm-up
+        assert config.warmup_iters + (values["k"] - 1) * spacing < config.max_iters
+    for text, scheme in config.schemes():
+        assert type(scheme) in model.ONLINE, text
+    # files of averages lie where the run has a checkpoint, the last one among them
+    assert config.max_iters % config.ckpt_interval == 0
+    assert config.max_iters % (config.averages_interval or config.ckpt_interval) == 0
+
+
+def test_smoke_and_laptop_differ():
+    smoke, laptop = (model.scale_config(model.scale_values(name)) for name in ("smoke", "laptop"))
+    assert smoke.max_iters * smoke.tokens_per_step < laptop.max_iters * laptop.tokens_per_step / 20
+
+
+def test_a_scale_that_is_none_is_refused():
+    with pytest.raises(LawaError, match=r"smoke.*'huge'"):
+        model.scale_values("huge")
 
 
 # ---- text ----------------------------------------------------------------------------------------

@@ -22,7 +22,26 @@ MACHINE = re.compile(
     r"|\b[A-Z]:\\\\?\w|site-packages"
 )
 
+NAMES = [
+    "annealing", "averaging_baselines", "batch_and_rate", "blend", "budget", "loss_spikes",
+    "lr_sweep", "model_size", "pythia_replay", "spacing_ablation"]
+PRIMARY = {  # the paper's primary claims, each judged once
+    "early": "lr_sweep",
+    "rates": "lr_sweep",
+    "spacing": "spacing_ablation",
+    "conventional": "averaging_baselines",
+    "ema": "averaging_baselines",
+    "swa": "averaging_baselines",
+}
+# parameters of a notebook that trains; of rates, lrs or lr
+EXPECTED = {"scale", "seeds", "k", "spacing", "max_iters", "corpus", "out", "disk_budget", "force"}
+PROSE = 1.3  # cells of prose to a cell of code, at least
+LONG = 20  # lines of a code cell, that few have more than
+
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+training = pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem != "pythia_replay"], ids=lambda path: path.stem
+)
 
 
 def cells(path, kind=None):
@@ -38,6 +57,30 @@ def tags(cell):
 def parameters(path):
     (source,) = [source for source, cell in cells(path, "code") if "parameters" in tags(cell)]
     return source
+
+
+def calls(path, name):
+    """The calls of a function, as `lab.claim`, in a notebook's code."""
+    code = "\n".join(source for source, _ in cells(path, "code"))
+    nodes = ast.walk(ast.parse(code))
+    return [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
+
+
+def given(call):
+    """{keyword: its value} of a call: a text as it is, or its beginning, None if it is computed."""
+    found = {}
+    for keyword in call.keywords:
+        value = keyword.value
+        if isinstance(value, ast.JoinedStr):
+            value = value.values[0]
+        found[keyword.arg] = value.value if isinstance(value, ast.Constant) else None
+    return found
+
+
+def printed(path):
+    """What the code cells print, and the texts that they show."""
+    outputs = [output for _, cell in cells(path, "code") for output in cell["outputs"]]
+    return "\n".join(text for output in outputs for text in texts(output))
 
 
 def setup(path):
@@ -58,7 +101,7 @@ def texts(output):
 
 
 def test_there_are_notebooks():
-    assert "lr_sweep" in [path.stem for path in NOTEBOOKS]
+    assert [path.stem for path in NOTEBOOKS] == NAMES
 
 
 # ---- as committed ----
@@ -70,6 +113,19 @@ def test_opens_with_a_title_the_question_and_the_paper(path):
     assert first["cell_type"] == "markdown"
     assert re.match(r"# \w", source)
     assert "paper" in source.lower() and "?" in source
+
+
+@each
+def test_says_beforehand_what_would_refute_it(path):
+    """Question, method, what is claimed with its mark, what would refute it: before any code."""
+    opening = ""
+    for source, cell in cells(path):
+        if cell["cell_type"] == "code":
+            break
+        opening += source + "\n"
+    words = ("question", "method", "claim", "refute")
+    assert [word for word in words if word not in opening.lower()] == []
+    assert re.search(r"\[[SPI?]\]", opening)
 
 
 @each
@@ -85,8 +141,20 @@ def test_one_parameters_cell_of_annotated_literals_with_comments(path):
         and [ast.unparse(s) for s in statements if not isinstance(s, ast.AnnAssign)] == []
     )
     values = {s.target.id: ast.literal_eval(s.value) for s in statements}
-    assert values["scale"] == "smoke"  # the committed default: a minute and a half on two cores
+    assert values["scale"] == "smoke"  # the committed default: a check of the machinery
     assert values["out"] is None
+
+
+@training
+def test_parameters_of_a_notebook_that_trains(path):
+    statements = ast.parse(parameters(path)).body
+    found = {s.target.id: ast.literal_eval(s.value) for s in statements}
+    kinds = {s.target.id: ast.unparse(s.annotation) for s in statements}
+    assert found.keys() >= EXPECTED and found.keys() & {"lrs", "lr"}
+    assert (kinds["disk_budget"], found["disk_budget"]) == ("float", None)
+    assert (kinds["force"], found["force"]) == ("bool", False)
+    assert kinds.get("lrs", "str") == "str" and kinds.get("lr", "float") == "float"
+    assert "GB" in parameters(path).split("disk_budget", 1)[1].split("\n")[0]
 
 
 @each
@@ -133,28 +201,80 @@ def test_size(path):
 
 @each
 def test_ends_with_a_record_that_nbval_compares(path):
-    """At least one cell's output is compared, and the last code cell records rows and verdicts."""
-    code = cells(path, "code")
-    marked = [
-        cell
-        for source, cell in code
-        if "nbval-check-output" in tags(cell) or "NBVAL_CHECK_OUTPUT" in source
-    ]
-    assert marked and all(cell["outputs"] for cell in marked)
-    assert "record(" in code[-1][0]
+    """The last cell's output is compared, and it records rows and claims."""
+    source, last = cells(path, "code")[-1]
+    assert "nbval-check-output" in tags(last) and last["outputs"]
+    assert "lab.record(" in source
 
 
 @each
-def test_prose_calls_and_figures_only(path):
-    """No training loop, no shell line; prose before most cells."""
+def test_limits_come_before_the_last_cell(path):
+    prose = [source for source, cell in cells(path)[:-1] if cell["cell_type"] == "markdown"]
+    assert any(re.search(r"(^#+ |\*\*).*limit", source, re.I | re.M) for source in prose[-2:])
+    assert cells(path)[-1][1]["cell_type"] == "code"
+
+
+@each
+def test_calls_and_figures_only(path):
+    """No training loop, no shell line."""
     source = "\n".join(source for source, _ in cells(path, "code"))
     assert re.findall(r"\.backward\(|optim\.|optimizer\.step|^\s*[!%]", source, re.MULTILINE) == []
-    assert len(cells(path, "markdown")) >= len(cells(path, "code")) / 2
-    assert re.search(
-        r"^#+ .*limit",
-        "\n".join(source for source, _ in cells(path, "markdown")),
-        re.IGNORECASE | re.MULTILINE,
-    )
+
+
+@each
+def test_reads_as_prose(path):
+    prose, code = len(cells(path, "markdown")), cells(path, "code")
+    assert prose >= PROSE * len(code), f"{prose} cells of prose, {len(code)} of code"
+    long = [source for source, _ in code if len(source.splitlines()) > LONG]
+    assert len(long) <= len(code) / 4
+
+
+# ---- claims ----
+
+
+@each
+def test_smoke_checks_and_judges_nothing(path):
+    """A word that judges would be read as a result."""
+    out = printed(path)
+    words = r"\b(HOLDS|OPPOSITE|NO DIFFERENCE|CANNOT TELL|NOT TESTED HERE)\b"
+    former = r"does not hold|undecided|: holds|at scale smoke \("
+    assert re.findall(f"{words}|{former}", out) == []
+    assert out.startswith("scale smoke:") or "\nscale smoke:" in out
+    claims = re.findall(r"^check: \S", out, re.MULTILINE)
+    assert len(claims) >= len(calls(path, "lab.claim")) >= 1
+
+
+@each
+def test_every_claim_has_a_marked_source_and_a_figure(path):
+    """[S] read in a source, [P] read off a plot, [I] inferred, [?] unknown."""
+    drawn = [call.args[1] for call in calls(path, "lab.figure")]
+    computed = any(not isinstance(name, ast.Constant) for name in drawn)
+    figures = {name.value for name in drawn if isinstance(name, ast.Constant)}
+    for call in calls(path, "lab.claim"):
+        words = given(call)
+        assert {"at", "published", "source", "figure"} <= words.keys() or None in words
+        if words.get("source") is not None:
+            assert re.match(r"\[[SPI?]\]", words["source"]), words["source"]
+        if words.get("figure") is not None:
+            assert computed or words["figure"] in figures
+
+
+def test_each_primary_claim_is_judged_once():
+    found = []
+    for path in NOTEBOOKS:
+        for call in calls(path, "lab.claim"):
+            primary = given(call).get("primary")
+            if primary:
+                found.append((primary, path.stem))
+                assert not given(call).get("later"), "the paper's own claims only"
+    assert sorted(found) == sorted(PRIMARY.items())
+
+
+@each
+def test_rates_are_shown_as_they_are(path):
+    """`:.0e` shows 1.8e-3 as 2e-03."""
+    source = "\n".join(source for source, _ in cells(path, "code"))
+    assert ":.0e}" not in source and "%.0e" not in source
 
 
 @each
@@ -182,8 +302,9 @@ def test_no_helper_is_copied():
 class Kernel:
     """One kernel for all cases: importing torch and matplotlib takes seconds."""
 
-    def __init__(self, client):
+    def __init__(self, client, runs):
         self.client = client
+        self.runs = runs  # where it would train, apart from what others train meanwhile
 
     def run(self, *sources):
         """The error (name, message) of the first source that raises one, else None.
@@ -207,7 +328,10 @@ def kernel(tmp_path_factory):
     manager, client = start_new_kernel(
         kernel_name="python3", env=environment, cwd=str(tmp_path_factory.mktemp("elsewhere"))
     )
-    yield Kernel(client)
+    runs = tmp_path_factory.mktemp("trained") / "runs"
+    found = Kernel(client, runs)
+    assert found.run(f"import model, pathlib\nmodel.RUNS = pathlib.Path({str(runs)!r})") is None
+    yield found
     client.stop_channels()
     manager.shutdown_kernel(now=True)
 
@@ -237,14 +361,10 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def folders():
-    """What lies under runs/ and results/: nothing may be added."""
-    return sorted(
-        str(path)
-        for top in (model.RUNS, ROOT / "results")
-        if top.exists()
-        for path in top.iterdir()
-    )
+def written(kernel):
+    """What lies in the kernel's folder of runs and under results/: nothing may be added."""
+    tops = [top for top in (kernel.runs, ROOT / "results") if top.exists()]
+    return sorted(str(path) for top in tops for path in top.iterdir())
 
 
 def has(path, name):
@@ -273,6 +393,13 @@ BAD = {  # parameters, and words of the one line that answers
     "a seed twice": ({"seeds": "0,0"}, "seeds"),
     "seed is text": ({"seeds": "zero"}, "seeds"),
     "unknown parameter": ({"learning_rate": 0.1}, "learning_rate"),
+    "rates are text": ({"lrs": "fast"}, "lrs 'fast'"),
+    "no rates": ({"lrs": ""}, "lrs"),
+    "a rate twice": ({"lrs": "1e-3,0.001"}, "lrs"),
+    "a negative rate among others": ({"lrs": "-1,1e-3"}, "lr -1"),
+    "a negative seed": ({"seeds": "0,-1"}, "seed -1"),
+    "disk budget is text": ({"disk_budget": "much"}, "disk_budget 'much'"),
+    "force is a number": ({"force": 1}, "force 1"),
 }
 
 
@@ -284,7 +411,7 @@ def test_bad_parameters(path, case, kernel, corpus, tmp_path):
     A parameter the notebook lacks is an unknown one.
     """
     wrong, words = BAD[case]
-    before, good = folders(), {"corpus": str(corpus), "out": str(tmp_path / "out")}
+    before, good = written(kernel), {"corpus": str(corpus), "out": str(tmp_path / "out")}
     values = {name: value for name, value in good.items() if has(path, name)} | wrong
     error = kernel.run(parameters(path), injected(values), setup(path))
     assert error is not None, "accepted"
@@ -292,7 +419,7 @@ def test_bad_parameters(path, case, kernel, corpus, tmp_path):
     assert name == "LawaError" and "\n" not in message
     expected = words.split() if all(has(path, parameter) for parameter in wrong) else wrong
     assert [word for word in expected if word not in message] == []
-    assert not (tmp_path / "out").exists() and folders() == before
+    assert not (tmp_path / "out").exists() and written(kernel) == before
 
 
 @each
@@ -301,7 +428,7 @@ def test_committed_parameters_are_accepted(path, kernel, corpus, tmp_path):
 
     It trains and writes nothing yet.
     """
-    before, good = folders(), {"corpus": str(corpus), "out": str(tmp_path / "out")}
+    before, good = written(kernel), {"corpus": str(corpus), "out": str(tmp_path / "out")}
     assert (
         kernel.run(
             parameters(path),
@@ -310,4 +437,4 @@ def test_committed_parameters_are_accepted(path, kernel, corpus, tmp_path):
         )
         is None
     )
-    assert not (tmp_path / "out").exists() and folders() == before
+    assert not (tmp_path / "out").exists() and written(kernel) == before

@@ -1,17 +1,23 @@
 """run_all.sh on a copy of the project with tiny notebooks, in a folder with a space in its name."""
 
+import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.cli import _resolve_type
+
+from lab import Lab
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_ALL = (ROOT / "run_all.sh").read_text()
@@ -69,12 +75,18 @@ def make_project(folder):
     return folder
 
 
-def stamp(folder, name="good", scale="laptop"):
+def shell(folder, functions, *lines):
+    """What these functions of run_all.sh print, called in lines of their own."""
+    parts = re.findall(rf"^(?:{functions})\(\) .*?^}}", RUN_ALL, re.MULTILINE | re.DOTALL)
+    script = ["bash", "-c", "\n".join((*parts, *lines))]
+    env = ACTIVE | {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+    done = subprocess.run(script, cwd=folder, env=env, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def stamp(folder, name="good", scale="laptop", options="options=()"):
     """What run_all.sh notes of all that the notebook's result depends on."""
-    parts = re.findall(r"^(?:hash256|stamp_of)\(\) .*?^}", RUN_ALL, re.MULTILINE | re.DOTALL)
-    script = "\n".join((f"scale={scale}", *parts, f"stamp_of {name}"))
-    shell = ["bash", "-c", script]
-    return subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return shell(folder, "hash256|stamp_of", f"scale={scale}", options, f"stamp_of {name}")
 
 
 def test_a_notebook_is_run_again_when_anything_that_it_can_use_changes(tmp_path):
@@ -89,6 +101,9 @@ def test_a_notebook_is_run_again_when_anything_that_it_can_use_changes(tmp_path)
             file.write("# changed\n")
         seen.append(stamp(project))
     assert len(names) >= 7 and len(set(seen)) == len(seen)
+    options = "options=(-p lr 6e-4)"
+    assert stamp(project, options=options) not in seen
+    assert stamp(project, options=options) != stamp(project, options="options=(-p lr 6e-3)")
     (project / "lab/report.html").write_text("only how results are shown")
     add_notebook(project, "other", "pass")
     assert stamp(project) == seen[-1]
@@ -103,7 +118,7 @@ def command(project, *args, env=ACTIVE, cwd="/"):
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -205,6 +220,12 @@ def test_finished_work_is_not_redone_until_something_changes(project, first):
         (["--scale"], "--scale needs a value"),
         (["--results", "--list"], "--results needs a value"),
         (["test", "--force"], "test takes no options, got '--force'"),
+        (["figure", "--list"], "figure needs a notebook"),
+        (["figure", "nothing"], "no notebook 'nothing'"),
+        (["-p", "lr"], "-p needs a name and a value"),
+        (["-p", "l r", "1"], "-p needs a name and a value"),
+        (["-p", "scale", "smoke"], "-p scale: use --scale and --results"),
+        (["-p", "rate", "1"], "-p rate: no such parameter in bad deaf good"),
     ],
 )
 def test_bad_usage_is_one_line(project, args, says):
@@ -216,8 +237,112 @@ def test_bad_usage_is_one_line(project, args, says):
 def test_help(project):
     done = command(project, "--help")
     assert done.returncode == 0 and done.stderr == ""
-    for option in ("test", "--scale", "--only", "--results", "--force", "--list"):
+    for option in ("test", "figure", "--scale", "--only", "-p", "--results", "--force", "--list"):
         assert f" {option} " in done.stdout
+
+
+# ---- parameters ----
+
+WITH_RATE = PARAMETERS + "\nlr: float = None  # rate\nseeds: str = None  # of runs"
+NAMED = """
+import json, pathlib
+folder = pathlib.Path(out) / ("lr_sweep" if lr is None else f"lr_sweep-lr={lr}")
+assert folder.is_dir() and lr in (None, 6e-4, 6e-3)
+(folder / "record.json").write_text(json.dumps({"title": "Sweep", "scale": scale, "verdicts": []}))
+"""
+AFTER = """
+import pathlib
+assert "Sweep" in (pathlib.Path(out) / "index.html").read_text()
+"""
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_parameters_have_a_folder_of_their_own(tmp_path):
+    """They go to the notebooks that have them; and the page is there after the first notebook."""
+    project = make_project(tmp_path / "a lab")
+    for name in ("__init__.py", "statistics.py"):
+        shutil.copy(ROOT / "lab" / name, project / "lab" / name)
+    (project / "model.py").write_text("import pathlib\nROOT = pathlib.Path(__file__).parent\n")
+    (project / "notebooks/good.ipynb").unlink()
+    add_notebook(project, "lr_sweep", NAMED, WITH_RATE)
+    add_notebook(project, "after", AFTER)
+    results = project / "results"
+
+    done = command(project, "-p", "lr", "6e-4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table(done) == {"lr_sweep-lr=0.0006": "done", "after": "done"}
+    first = files(results / "lr_sweep-lr=0.0006")
+    assert sorted(first) == [
+        ".stamp",
+        "lr_sweep-lr=0.0006.html",
+        "lr_sweep-lr=0.0006.ipynb",
+        "record.json",
+    ]
+    sweep = ("--only", "lr_sweep")
+    assert table(command(project, *sweep, "-p", "lr", "6e-3")) == {"lr_sweep-lr=0.006": "done"}
+    assert table(command(project, *sweep)) == {"lr_sweep": "done"}
+    assert table(command(project, *sweep, "-p", "lr", "6e-4")) == {"lr_sweep-lr=0.0006": "cached"}
+    assert files(results / "lr_sweep-lr=0.0006") == first
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lr": "6e-4"},
+        {"seeds": "0", "lr": "0.01"},  # the order is the notebook's
+        {"lrs": "6e-4,6e-3", "force": "True", "lr": "None"},
+        {"corpus": "my text/1"},
+    ],
+)
+def test_run_all_names_folders_as_lab_does(tmp_path, given):
+    path = ROOT / "notebooks" / "lr_sweep.ipynb"
+    (source,) = [
+        cell.source
+        for cell in nbformat.read(path, 4).cells
+        if "parameters" in cell.metadata.get("tags", ())
+    ]
+    values = {key: _resolve_type(text) for key, text in given.items()}
+    tree = ast.parse(source)
+    names = [node.target.id for node in tree.body]
+    committed = {node.target.id: ast.literal_eval(node.value) for node in tree.body}
+    lab = types.SimpleNamespace(
+        name="lr_sweep", given={name: (committed | values)[name] for name in names}
+    )
+    words = " ".join(f"-p {key} {shlex.quote(text)}" for key, text in given.items())
+    printed = shell(ROOT, "folder_of", f"options=({words})", "folder_of lr_sweep")
+    assert printed.strip() == "lr_sweep" + Lab._changes(lab)
+
+
+def test_the_order_and_what_figure_is(tmp_path):
+    project = make_project(tmp_path / "a lab")
+    with_budget = PARAMETERS + "\ndisk_budget: float = None  # GB"
+    for name in ("budget", "annealing", "spacing_ablation"):
+        add_notebook(project, name, "pass")
+    add_notebook(project, "lr_sweep", "pass", with_budget)
+
+    def listed(*args):
+        done = command(project, *args, "--list")
+        assert done.returncode == 0, done.stderr
+        return [shlex.split(line)[1:] for line in done.stdout.splitlines()]
+
+    assert [words[5] for words in listed()] == [
+        *("lr_sweep", "spacing_ablation", "budget", "annealing", "good")
+    ]
+    at_laptop = ["--scale", "laptop", "--results", f"{project}/results", "--only"]
+    assert listed("figure", "lr_sweep") == [[*at_laptop, "lr_sweep"]]
+    given = ("-p", "disk_budget", "0")
+    small = ["--scale", "gpt2-small", "--results", f"{project}/results/scale-gpt2-small", "--only"]
+    assert listed("figure", "lr_sweep", "--scale", "gpt2-small") == [[*small, "lr_sweep", *given]]
+    assert listed("figure", "good", "--scale", "gpt2-small") == [[*small, "good"]]
+    own = ("-p", "disk_budget", "2 5")
+    assert listed("figure", "lr_sweep", "--scale", "gpt2-small", *own)[0][6:] == [*own]
+    assert [words[6:] for words in listed(*own)] == [[*own], [], [], [], []]
+
+
+# ---- what ends in the middle ----
 
 
 def test_ctrl_c_stops_and_keeps_what_is_finished(tmp_path):

@@ -67,6 +67,7 @@ def checkpoints(folder):
 def listing(folder):
     """Every file of a run but its lock, hidden ones included."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in files if path.parent.name != "tb"]  # where tensorboard is installed
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
@@ -161,6 +162,177 @@ def test_a_run_that_has_begun_goes_on_with_its_own_state(config, tmp_path):
 def test_as_many_states_as_runs(config):
     with pytest.raises(ValueError):
         train_all([config], resume_from=[])
+
+
+# ---- several GPUs ----
+
+
+def where(config, folder, options):
+    """In place of training: note the GPU of this process, and wait until `seed` others have."""
+    folder.mkdir(parents=True)
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+    (folder / f"{os.getpid()}-{gpu}").touch()
+    for _ in range(600):
+        pids = {path.name.split("-")[0] for path in folder.parent.glob("*/*-*")}
+        if len(pids) >= config.seed // 10:
+            break
+        time.sleep(0.1)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("devices", "jobs", "used"),
+    [
+        (["0", "1"], None, ["0", "1"]),
+        (["GPU-a", "GPU-b", "GPU-c"], 2, ["GPU-a", "GPU-b"]),
+        (["3", "5"], 3, ["3", "3", "5"]),
+        ([], 2, ["none", "none"]),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(config, monkeypatch, devices, jobs, used):
+    """And keeps it from run to run."""
+    monkeypatch.delenv("LAWA_JOBS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(runs, "gpus", lambda: devices)
+    monkeypatch.setattr(runs, "_train", where)
+    seeds = [changed(config, seed=10 * len(used) + i) for i in range(len(used) + 2)]
+    folders = train_all(seeds, jobs)
+    notes = [path.name.split("-", 1) for folder in folders for path in folder.iterdir()]
+    assert len(notes) == len(seeds)
+    assert sorted(dict(notes).values()) == used
+
+
+def test_gpus_are_those_that_may_be_used(monkeypatch):
+    import torch
+
+    monkeypatch.delenv("LAWA_JOBS", raising=False)
+    assert runs.gpus() == [] and runs.usual_jobs() == THREADS
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runs.gpus() == ["0", "1"] and runs.usual_jobs() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-6")
+    assert runs.gpus() == ["4", "GPU-6"]
+    monkeypatch.setenv("LAWA_JOBS", "5")
+    assert runs.usual_jobs() == 5
+
+
+# ---- which checkpoints are kept ----
+
+
+def test_windows_are_kept_whole_and_little_else(config):
+    needs = (((lawa_core.lawa(2, 4),), (6, 10)), ((), (3, 4)))
+    keep = runs.Windows(needs)
+    (vocab, least) = 257, model.disk_bytes(config, 257, [2, 4, 6, 10, 12])
+    assert model.kept_steps(config, vocab, keep, least) == {2, 4, 6, 10, 12}
+    assert model.kept_steps(config, vocab, keep, 2 * least) == set(config.checkpoint_steps)
+    with pytest.raises(LawaError, match="disk_budget"):
+        model.kept_steps(config, vocab, keep, least - 1)
+    (folder,) = train_all([config], 1, keep=keep, disk_budget=least)
+    assert lawa_core.open_trajectory(folder).steps == [2, 4, 6, 10, 12]
+    at = list(lawa_core.sweep(folder, {"two": lawa_core.lawa(2, 4)}, at=[6, 10]))
+    assert [step for step, _, _ in at] == [6, 10]
+
+
+# ---- TensorBoard ----
+
+
+class Events(list):
+    """Stands for torch's SummaryWriter."""
+
+    def __init__(self, folder, flush_secs):
+        self.closed = False
+        self.file = Path(folder) / f"events.out.tfevents.{len(list(Path(folder).glob('*')))}"
+        self.file.parent.mkdir(exist_ok=True)
+        self.file.touch()
+
+    def add_scalar(self, tag, value, step):
+        self.append((step, tag, value))
+
+    def close(self):
+        self.closed = True
+
+
+HEAD = "step,tokens,lr,loss,grad_norm\n"
+
+
+def test_a_board_follows_a_run(tmp_path):
+    """Row by row, half-written lines left; what is cut back is written anew, once."""
+    board = runs.Board(tmp_path, Events)
+    board.update()
+    assert board.events is None
+    (tmp_path / "metrics.csv").write_text(HEAD)
+    board.update()
+    with open(tmp_path / "metrics.csv", "a") as file:
+        for text, known in (("1,8,0.5,4.0,2.0\n2,16,0.", 3), ("25,3.0,1.0\n", 6), ("", 6)):
+            file.write(text)
+            file.flush()
+            board.update()
+            assert len(board.events) == known
+    (tmp_path / "val.csv").write_text("step,loss\n2,3.5\n")
+    board.update()
+    first = board.events
+    rows = [(1, "loss/training", 4.0), (1, "learning rate", 0.5), (1, "gradient norm", 2.0)]
+    assert first[:3] == rows and first[-1] == (2, "loss/validation", 3.5)
+
+    with lawa_core.replacing(tmp_path / "metrics.csv") as part:  # as a run that goes on does
+        part.write_text(HEAD + "1,8,0.5,4.0,2.0\n")
+    board.update()
+    assert first.closed and list(board.events) == [*rows, first[-1]]
+    assert len(list((tmp_path / "tb").iterdir())) == 1
+    again = runs.Board(tmp_path, Events)  # another process
+    again.update()
+    assert list(again.events) == [*rows, first[-1]]
+    assert len(list((tmp_path / "tb").iterdir())) == 1
+
+
+def test_runs_have_boards_where_tensorboard_is_installed(config, monkeypatch, tmp_path):
+    """And the same numbers as without."""
+    made = []
+
+    def writer(folder, flush_secs):
+        made.append(Events(folder, flush_secs))
+        return made[-1]
+
+    monkeypatch.setattr(runs, "summary_writer", lambda: writer)
+    (folder,) = train_all([config], 1)
+    assert [step for step, tag, _ in made[-1] if tag == "learning rate"] == list(range(1, 13))
+    assert made[-1].closed and (folder / "tb").is_dir()
+    assert_same_run(folder, train(config, tmp_path / "alone", threads=THREADS))
+    assert lawa_core.open_trajectory(folder).steps == config.checkpoint_steps
+
+    def full(folder, flush_secs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runs, "summary_writer", lambda: full)
+    (other,) = train_all([changed(config, seed=8)], 1)
+    assert (other / "summary.json").exists() and not (other / "tb").exists()
+
+
+def test_the_command_for_boards(config, monkeypatch, capsys, tmp_path):
+    folder = train(config, tmp_path / "run")
+    monkeypatch.setattr(runs, "summary_writer", lambda: None)
+    assert runs.main([str(folder)]) == 2
+    monkeypatch.setattr(runs, "summary_writer", lambda: Events)
+    assert runs.main([str(tmp_path / "none")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(line.startswith("error: expected ") for line in told)
+    assert runs.main([str(folder), "--follow"]) == 0
+    assert list((folder / "tb").glob("events.*"))
+
+
+def test_tensorboard_reads_what_is_written(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(config, tmp_path / "run", eval_interval=4)
+    assert runs.main([str(folder)]) == 0
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        tag for tags in runs.TABLES.values() for tag in tags.values()
+    }
+    assert [event.step for event in events.Scalars("loss/training")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("loss/validation")] == [4, 8, 12]
 
 
 # ---- what ends in the middle ----
