@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -31,11 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,9 +299,8 @@ class Row:
 
         sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
 
-    keep is 1 and the adds are the weights, or 1 where all are equal, so a mean is a sum with one
-    division; only an EMA has its beta there, so that its row at the next target can go on from
-    this one's sum, as SWA's does (see `chain`).
+    keep is 1, or an EMA's beta; the adds are the weights, or 1 where all are equal, so that a mean
+    is a sum with one division, and the next row can go on from an EMA's or SWA's (see `chain`).
     weights: {step: weight}, ascending, without zeros, divided by their sum.
     """
 
@@ -330,16 +332,15 @@ def chain(rows: list[Row]) -> list[Row]:
 
     A window that slides must be summed anew, since what leaves it would leave its rounding behind.
     """
-    pairs = list(pairwise(rows))
-    begun = []
-    for before, this in pairs:
-        first = list(this.add.items())[:len(before.add)]
-        begun.append(this.keep == before.keep and first == list(before.add.items()))
-    if all(goes or len(before.add) == 1 for goes, (before, _) in zip(begun, pairs, strict=True)):
-        for goes, (before, this) in zip(begun, pairs, strict=True):
-            if goes:
-                this.goes_on = before.kept = True
-                this.todo = dict(list(this.add.items())[len(before.add):])
+    on, anew = [], []
+    for before, this in pairwise(rows):
+        first = dict(list(this.add.items())[:len(before.add)])
+        goes = this.keep == before.keep and first == before.add
+        (on if goes else anew).append((before, this))
+    if all(len(before.add) == 1 for before, _ in anew):
+        for before, this in on:
+            this.goes_on = before.kept = True
+            this.todo = dict(list(this.add.items())[len(before.add):])
     return rows
 
 
@@ -369,6 +370,7 @@ NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt ke
 WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
 # Causal masks, their fill value and rotary frequencies: some of a model's revisions have them.
 BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
+STAMP = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of os.stat: changes when its file does
 
 
 class Stored:
@@ -396,29 +398,25 @@ class Stored:
 class Checkpoint(UserDict):
     """A lazy mapping name -> torch.Tensor (a fresh CPU copy at every look-up), opened by header.
 
-    data: {name: Stored}; metadata: the header's strings.
+    data: {name: Stored}; metadata: the header's strings; nbytes: tied tensors count once.
     """
 
     def __init__(self, path, stored: Mapping[str, Stored], metadata: Mapping | None = None):
         self.path, self.data, self.metadata = Path(path), dict(stored), dict(metadata or {})
         if not stored:
             raise LawaError(f"{path} holds no tensors; expected a model's weights")
+        self.dtypes = {name: one.dtype for name, one in stored.items()}
+        self.shapes = {name: one.shape for name, one in stored.items()}
+        self.nbytes = sum(one.nbytes for one in set(stored.values()))
 
     def __getitem__(self, name):
         stored = self.data[name]
         return stored.tensor(stored.read(0, stored.nbytes).copy())
 
-    @property
-    def dtypes(self) -> dict[str, str]:
-        return {name: stored.dtype for name, stored in self.data.items()}
-
-    @property
-    def shapes(self) -> dict[str, tuple]:
-        return {name: stored.shape for name, stored in self.data.items()}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in set(self.data.values()))
+    def state(self) -> dict:
+        """All as {name: torch.Tensor}, not to be changed, each read once; tied names share one."""
+        read = {one: one.tensor(one.read(0, one.nbytes)) for one in set(self.data.values())}
+        return {name: read[one] for name, one in self.data.items()}
 
     @functools.cached_property
     def ties(self) -> dict[str, str]:
@@ -470,7 +468,8 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     if twice:
         raise LawaError(f"{path} holds {twice[0]} with and without a wrapper's prefix; keep one")
     if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
-        found.data = dict(zip(bare, found.data.values(), strict=True))
+        stored = dict(zip(bare, found.data.values(), strict=True))
+        return Checkpoint(path, stored, found.metadata)
     return found
 
 
@@ -505,18 +504,12 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
     return Checkpoint(path, stored, metadata)
 
 
-def stamp(file) -> tuple[int, int, int]:
-    """What changes when a file does: (inode, size in bytes, time of change)."""
-    stat = os.stat(file)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> np.ndarray:
-    """Bytes [start, stop) behind `offset`, fresh, of a file that still has the stamp `known`."""
+    """Bytes [start, stop) behind `offset`, fresh, of a file whose STAMP is still `known`."""
     out, done = np.empty(stop - start, np.uint8), 0
     try:
         with open(path, "rb", buffering=0) as file:  # for every tile: a few of 100 microseconds
-            if stamp(file.fileno()) != known:
+            if STAMP(os.stat(file.fileno())) != known:
                 raise LawaError(f"{path} changed while it was read; wait until its writer is done")
             while done < len(out):  # a read may come back short
                 done += (count := os.preadv(file.fileno(), [out[done:]], offset + start + done))
@@ -529,7 +522,7 @@ def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> n
 
 def open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors."""
-    known, stored = stamp(path), {}
+    known, stored = STAMP(os.stat(path)), {}
     size = known[1]
     with open(path, "rb") as file, explained(f"{path}: corrupt safetensors header; copy it again"):
         base = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little")
@@ -555,8 +548,6 @@ def open_safetensors(path: Path) -> Checkpoint:
 
 def open_torch(path: Path, key: str | None) -> Checkpoint:
     """A file of torch.save, its tensors mapped, with the weights at the top or under a key."""
-    import zipfile
-
     import torch
     try:
         mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
@@ -652,8 +643,6 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
 
 def unpickled_index(path: Path):
     """A distributed checkpoint's index is a pickle: only these classes, none of which runs code."""
-    import pickle
-
     import torch
     dtypes = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
     plain = {
@@ -739,9 +728,8 @@ def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> N
             torch.save({name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
                         for name, value in tensors.items()}, file)
             return
-        found = from_memory(tensors, path)
-        kept = {name: s for name, s in found.data.items() if name not in found.ties}
-        header, offsets, _ = plan_file(kept, found.ties, metadata or {})
+        kept, ties = layout({0: from_memory(tensors, path)})
+        header, offsets, _ = plan_file(kept, ties, metadata or {})
         file.write(header)
         for name in offsets:
             file.write(kept[name].read(0, kept[name].nbytes))
@@ -785,10 +773,7 @@ class Trajectory:
 
     def __init__(self, sources: Mapping[int, Path | Callable], name="the list", key=None):
         self.sources, self.name, self.key = dict(sorted(sources.items())), name, key
-
-    @property
-    def steps(self) -> list[int]:
-        return list(self.sources)
+        self.steps = list(self.sources)
 
     def __len__(self):
         return len(self.sources)
@@ -885,7 +870,7 @@ def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Check
     if unknown:
         raise LawaError(f"unknown permission {', '.join(unknown)}; expected some of "
                         f"{', '.join(ALLOW)}")
-    opened, problems, averages, first = {}, [], [], {}
+    opened, problems, first = {}, [], {}
     for step in sorted(steps):
         try:
             opened[step] = trajectory[step]
@@ -893,13 +878,12 @@ def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Check
             problems.append(str(error))
     for checkpoint in opened.values():
         problems += mismatches(checkpoint, opened[max(opened)])
-        if "lawa" in checkpoint.metadata:
-            averages.append(str(checkpoint.path))
         if "duplicates" not in allow:
             twin = first.setdefault(checkpoint.fingerprint, checkpoint)
             if twin is not checkpoint and twin.equals(checkpoint):
                 problems.append(f"{twin.path} and {checkpoint.path} hold identical weights, so one "
                                 "is a wrong file; leave it out (or --allow duplicates)")
+    averages = [str(c.path) for c in opened.values() if "lawa" in c.metadata]
     if "averages" not in allow and 0 < len(averages) < len(opened):
         problems.append(f"{', '.join(averages)} already an average, says its header, among "
                         "checkpoints that are none; leave it out (or --allow averages)")
@@ -911,11 +895,9 @@ def check(source, key: str | None = None) -> list[str]:
     trajectory = open_trajectory(source, key)
     _, problems = open_steps(trajectory, trajectory.steps)
     usual = np.median(np.diff(trajectory.steps)) if len(trajectory) > 2 else math.inf
-    for a, b in pairwise(trajectory.steps):
-        if b - a > usual:
-            problems.append(f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} "
-                            "apart")
-    return problems
+    return problems + [
+        f"gap: no checkpoint between steps {a} and {b}; others are {usual:g} apart"
+        for a, b in pairwise(trajectory.steps) if b - a > usual]
 
 
 # ---- 5. The engine -------------------------------------------------------------------------------
@@ -966,11 +948,9 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
             data = raws[this.newest]
             lone = len(this.add) == 1 and opened[this.newest].data[name].dtype == dtype
             if dtype in FLOATS and (this.kept or not lone):
-                begun = this.goes_on
-                for step, add in this.todo.items():
-                    if not begun:
+                for summed, (step, add) in enumerate(this.todo.items(), int(this.goes_on)):
+                    if not summed:
                         np.multiply(values[step], add, out=total, dtype=wide)
-                        begun = True
                         continue
                     if this.keep != 1:
                         total *= this.keep
@@ -1020,17 +1000,12 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     bits, nan = single.view(np.uint32), np.isnan(single)
     # Rounding twice, to fp32 and to bf16, errs only where the first lands half-way between two
     # bf16: there, step off to the side on which the value is.
-    rest = bits & 0xFFFF
-    half = np.flatnonzero(rest == 0x8000)
+    half = np.flatnonzero(bits & 0xFFFF == 0x8000)
     aside = np.sign(np.abs(values[half]) - np.abs(single[half]))
     bits[half] += aside.astype(np.int32).view(np.uint32)
-    np.right_shift(bits, 16, out=rest)
-    rest &= 1
-    rest += 0x7FFF
-    bits += rest
+    bits += (bits >> 16 & 1) + 0x7FFF
     bits >>= 16
-    if nan.any():
-        bits[nan] = 0x7FC0
+    bits[nan] = 0x7FC0
     return bits.astype("<u2").view(np.uint8)
 
 
@@ -1096,10 +1071,9 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
     for name, scheme in schemes.items():
         rows[name] = chain([Row(scheme, trajectory.steps, target) for target in targets])
     last: dict[int, int] = {}  # step: the last target that reads it
-    for own in rows.values():
-        for target, this in zip(targets, own, strict=True):
-            for step in (*this.todo, this.newest):
-                last[step] = max(last.get(step, target), target)
+    for i, target in enumerate(targets):
+        for own in rows.values():
+            last |= dict.fromkeys((*own[i].todo, own[i].newest), target)
     trajectory.expect(sorted(last))
     held, seen, kept = {}, {}, {}  # checkpoints by step, steps by fingerprint, sums by scheme
     for step in sorted({*last, *targets}):
@@ -1113,30 +1087,18 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                                     "weights, so one is a wrong file; leave it out, or allow "
                                     "duplicates")
             if not on_disk:
-                held[step] = in_memory(held[step])
+                held[step] = from_memory(held[step].state(), held[step].path)
                 trajectory.release(step)
         if step in targets:
             for name, own in rows.items():
                 this = own[targets.index(step)]
-                sums = kept.pop(name, {} if this.kept else None)
+                sums = kept.setdefault(name, {}) if this.kept or this.goes_on else None
                 opened = {s: held[s] for s in sorted({*this.todo, this.newest})}
                 yield step, name, state_dict(opened, this, sums, allow)
-                if this.kept:
-                    kept[name] = sums
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
             if on_disk:
                 trajectory.release(spent)
-
-
-def in_memory(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with all its bytes in memory, so that its files may go."""
-    loaded = {}
-    for old in set(checkpoint.data.values()):
-        data = old.read(0, old.nbytes)
-        loaded[old] = Stored(old.dtype, old.shape, old.path, lambda a, b, data=data: data[a:b])
-    names = {name: loaded[stored] for name, stored in checkpoint.data.items()}
-    return Checkpoint(checkpoint.path, names, checkpoint.metadata)
 
 
 def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(), like=None,
@@ -1223,9 +1185,9 @@ def finish(path: Path, part: Path, like, note: Mapping) -> None:
             config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
         import torch
-        state = {name: whole[name] for name in whole if name not in whole.ties}
+        state = whole.state()
         with open(part, "wb") as file:  # whose errors are the system's
-            torch.save(state | {name: state[kept] for name, kept in whole.ties.items()}, file)
+            torch.save(state, file)
         with replacing(sidecar(path)) as text:
             text.write_text(json.dumps(note, indent=1))
 
@@ -1268,6 +1230,23 @@ def fit_gains(windows, gains) -> tuple[float, float, float]:
     return tuple(map(float, min(found)[1:]))
 
 
+def propose(windows: Mapping, known: Mapping) -> tuple[str, lawa | None]:
+    """(what the model says in words, its best of {scheme: weights}), from {scheme: its gain}."""
+    if len(known) < 4:
+        return f"cannot tell: only {len(known)} windows to fit it to", None
+    gains = list(known.values())
+    noise, tau, drift = fit = fit_gains([windows[w] for w in known], gains)
+    expected = {w: predicted_gain(window, *fit) for w, window in windows.items()}
+    miss = math.dist(gains, [expected[w] for w in known]) / math.sqrt(len(known))
+    model = (f"from {len(known)} evaluations: noise {noise:.2g} nats, relaxation {tau:.2g} steps, "
+             f"drift {drift:.1g} nats per step; ")
+    if noise == 0 or miss > max(gains) / 4:
+        model += f"cannot tell: it sees no noise, or misses the gains, by {miss:.2g} nats"
+        return model, None
+    top = max(windows, key=expected.get)
+    return f"{model}predicts best {top}, gain {expected[top]:+.4f}", top
+
+
 def search(source, evaluate: Callable[[dict], object], at: int | None = None, budget: int = 12,
            ks=(2, 3, 5, 8, 12), key: str | None = None) -> dict:
     """The best LAWA window on a trajectory, in at most `budget` evaluations, the run's included.
@@ -1292,67 +1271,47 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
         return math.inf if math.isnan(mean) else float(mean)
     loss(run)
     windows = {}  # {scheme: its weights}
-    for k in ks:
-        for spacing in [at - step for step in trajectory.steps if step < at]:
-            with contextlib.suppress(LawaError):  # not all of its checkpoints are there
-                weights = row(lawa(k, spacing), trajectory.steps, at)
-                if len(weights) == k:
-                    windows[lawa(k, spacing)] = weights
+    for k, step in product(ks, trajectory.steps):
+        with contextlib.suppress(LawaError):  # not all of its checkpoints are there
+            weights = row(lawa(k, at - step), trajectory.steps, at)
+            if len(weights) == k:
+                windows[lawa(k, at - step)] = weights
     if not windows:
         raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step "
                         f"{at}; there are {some(trajectory.steps)}")
     middle = sorted(ks)[len(ks) // 2]
     line = [w for w in windows if w.k == middle] or list(windows)
     line.sort(key=lambda w: w.k * w.spacing)
-    low, high = 0, len(line) - 1
-    while low < high and len(losses) < budget - len(ks) + 1:
-        left = (low + high) // 2
-        if loss(line[left]) <= loss(line[left + 1]):
-            high = left
-        else:
-            low = left + 1
-    best = min(losses.keys() - {run} or {line[low]}, key=loss)
+    while len(line) > 1 and len(losses) <= budget - len(ks):
+        half = (len(line) + 1) // 2
+        line = line[:half] if loss(line[half - 1]) <= loss(line[half]) else line[half:]
+    best = min(losses.keys() - {run} or {line[0]}, key=loss)
+    gains = {w: loss(run) - loss(w) for w in losses if w != run}
     # what loses more than the best one gains is too wide for the model
-    most = loss(run) - loss(best)
-    known = [w for w in losses if w != run and most > loss(w) - loss(run) > -math.inf]
-    model = f"cannot tell: only {len(known)} windows to fit it to"
-    if len(known) > 3:
-        gains = [loss(run) - loss(w) for w in known]
-        noise, tau, drift = fit = fit_gains([windows[w] for w in known], gains)
-        expected = {w: predicted_gain(window, *fit) for w, window in windows.items()}
-        miss = math.dist(gains, [expected[w] for w in known]) / math.sqrt(len(known))
-        model = (f"from {len(known)} evaluations: noise {noise:.2g} nats, relaxation {tau:.2g} "
-                 f"steps, drift {drift:.1g} nats per step; ")
-        if noise == 0 or miss > max(gains) / 4:
-            model += f"cannot tell: it sees no noise, or misses the gains, by {miss:.2g} nats"
-        else:
-            top = max(windows, key=expected.get)
-            model += f"predicts best {top}, gain {expected[top]:+.4f}"
-            best = min(best, top, key=loss)
-            if top in losses:
-                model += f", measured {loss(run) - loss(top):+.4f}"
+    known = {w: more for w, more in gains.items() if loss(best) - loss(run) < more < math.inf}
+    model, top = propose(windows, known)
+    best = min(best, top or best, key=loss)
+    if top in losses:
+        model += f", measured {loss(run) - loss(top):+.4f}"
     span = best.k * best.spacing
     for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / span))):
         loss(scheme)
     best = min(losses, key=loss)
 
-    def gain(scheme, than=run) -> tuple[float, float | None]:
+    def gain(scheme, than=run) -> dict[str, float | None]:
         """How much lower the scheme's loss is, and the standard error over blocks."""
         gains = losses[than] - losses[scheme]
         error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
-        return float(gains.mean()), error
-    trials = []
-    for scheme, values in losses.items():
-        answer = str(scheme), float(values.mean()), *gain(scheme)
-        trials.append(dict(zip(("scheme", "loss", "gain", "gain_se"), answer, strict=True)))
-    more, error = gain(best)
+        return {"gain": float(gains.mean()), "gain_se": error}
+    found = {"best": best, **gain(best)}
     sure = "no spread known: the validation gave one number per model; give one per block"
-    if error is not None:
+    if found["gain_se"] is not None:
         others = [gain(best, scheme) for scheme in losses if scheme != best]
-        close = sum(ahead < 2 * spread for ahead, spread in others)
-        sure = (f"gain {more:+.4f} +- {error:.4f} (standard error over {len(losses[best])} "
-                f"blocks); {close} other windows are within 2 standard errors")
-    found = {"best": best, "gain": more, "gain_se": error}
+        close = sum(other["gain"] < 2 * other["gain_se"] for other in others)
+        sure = (f"gain {found['gain']:+.4f} +- {found['gain_se']:.4f} (standard error over "
+                f"{len(losses[best])} blocks); {close} other windows are within 2 standard errors")
+    trials = [{"scheme": str(scheme), "loss": float(values.mean()), **gain(scheme)}
+              for scheme, values in losses.items()]
     return found | {"sure": sure, "model": model, "trials": trials}
 
 
@@ -1414,15 +1373,13 @@ class Online:
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
         live, averaged = self.live(), self.averaged(*which)
-        own = {name: tensor.clone() for name, tensor in live.items()}
+        weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
         with torch.no_grad():
             try:
-                for name, tensor in live.items():
-                    tensor.copy_(averaged[name])
+                torch._foreach_copy_(weights, [averaged[name] for name in live])
                 yield self.model
             finally:
-                for name, tensor in live.items():
-                    tensor.copy_(own[name])
+                torch._foreach_copy_(weights, own)
 
     def state_dict(self) -> dict:
         """A copy of all state, for torch.save and a weights-only torch.load."""
@@ -1582,13 +1539,13 @@ INPUTS = {
 AT = {"--at": {"type": int, "help": "the step to average at (default: the newest)"}}
 HOW = {
     "--scheme": {"action": "append", "default": [], "help": "see below (default: the mean of all)"},
-    "-k": {"type": int, "help": "short for --scheme lawa: checkpoints in the window"},
+    "-k --k": {"type": int, "help": "short for --scheme lawa: checkpoints in the window"},
     "--spacing": {"type": int, "help": "with -k or --weights: steps between the checkpoints"},
     "--weights": {"help": "short for --scheme explicit: weights, oldest first, as 0.2,0.3,0.5"},
     "--tokens-per-step": {"type": int, "help": "durations are in tokens, this many per step"},
 }
 OUT = {
-    "-o": {"dest": "out", "required": True, "help": "FILE.safetensors, FILE.pt, or a new folder"},
+    "-o --out": {"required": True, "help": "FILE.safetensors, FILE.pt, or a new folder"},
     "--dtype": {"type": str.upper, "choices": FLOATS, "help": "of floats (default: the newest's)"},
     "--like": {"help": "Hugging Face folder to copy config and tokenizer from"},
     "--threads": {"type": int, "help": "default: one per core"},
@@ -1599,7 +1556,6 @@ TRY = {
     "--command": {"dest": "run", "required": True, "help": "program with {} for the checkpoint"},
     "--budget": {"type": int, "default": 12, "help": "evaluations at most (default 12)"},
 }
-LONG = {"-k": "--k", "-o": "--out"}
 COMMANDS = {  # name: (what it does, its options)
     "inspect": ("Show steps, sizes, types, how far the weights moved, and problems.", INPUTS),
     "average": ("Write one average of checkpoints.", INPUTS | HOW | AT | OUT),
@@ -1614,22 +1570,8 @@ class Parser(argparse.ArgumentParser):
         raise LawaError(f"{message}; see {self.prog} --help")
 
 
-def parse(argv) -> argparse.Namespace:
-    style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser("lawa", description="Average the checkpoints of a training run.", **style)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, **style)
-        for flag, how in options.items():
-            names = [flag, LONG[flag]] if flag in LONG else [flag]
-            command.add_argument(*names, **how)
-    return parser.parse_args(argv)
-
-
 def schemes_of(args) -> dict[str, Callable]:
     """{name of its folder: scheme} from the command line."""
-    if args.command == "export":
-        return {"newest": newest()}
     texts = {scheme_dir(text): text for text in args.scheme}
     if args.k is not None:
         texts["lawa"] = f"lawa({args.k}, {args.spacing})"
@@ -1652,10 +1594,8 @@ def schemes_of(args) -> dict[str, Callable]:
 def inspect(trajectory: Trajectory) -> dict:
     """What `lawa inspect` shows: size, types and norm at each step, and how far the weights moved
     (norm of the change since the checkpoint before, over the norm). Reads every byte once."""
-    opened, rows, problems = {}, [], check(trajectory)
-    for step in trajectory.steps:
-        with contextlib.suppress(LawaError):  # check has listed what cannot be opened
-            opened[step] = trajectory[step]
+    rows, problems = [], check(trajectory)  # which lists what cannot be opened, and differs
+    opened, _ = open_steps(trajectory, trajectory.steps, ALLOW)
     squares, changes = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0)
     with progress(sum(c.nbytes for c in opened.values()), "inspect", "B", unit_scale=True) as bar:
         names = list(opened[max(opened)]) if opened else []
@@ -1710,9 +1650,8 @@ def run(args) -> dict:
     if args.command == "inspect":
         return inspect(trajectory)
     if args.command == "search":
-        found = search(trajectory, validation(args.run), args.at, args.budget)
-        return found | {"best": str(found["best"])}
-    schemes = schemes_of(args)
+        return search(trajectory, validation(args.run), args.at, args.budget)
+    schemes = {"newest": newest()} if args.command == "export" else schemes_of(args)
     with contextlib.ExitStack() as stack:
         begun, bars = time.monotonic(), []
 
@@ -1756,8 +1695,15 @@ def show(result: dict) -> None:
 
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
+    style = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser("lawa", description="Average the checkpoints of a training run.", **style)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, **style)
+        for flags, how in options.items():
+            command.add_argument(*flags.split(), **how)
     try:
-        args = parse(argv)
+        args = parser.parse_args(argv)
         result = run(args)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -1765,7 +1711,7 @@ def main(argv=None) -> int:
     except (LawaError, OSError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
-    print(json.dumps(result, indent=1)) if args.json else show(result)
+    print(json.dumps(result, indent=1, default=str)) if args.json else show(result)
     return 1 if result.get("problems") else 0
 
 

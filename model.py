@@ -164,8 +164,7 @@ class Config:
     averages: str = option("", 'kept while training: "ema(0.99); swa(start=500); lawa(5, 20)"', (
         "lawa, ema or swa, no two the same", lambda value, c: c.keeps_distinct_averages()))
     averages_interval: int = option(0, "steps between their files; 0: with every checkpoint", (
-        "a multiple of ckpt_interval = {ckpt_interval}",
-        lambda value, c: value >= 0 and value % c.ckpt_interval == 0))
+        "a multiple of ckpt_interval", lambda value, c: value % c.ckpt_interval == 0))
     burst_at: int = option(0, "step at which a burst of too high a rate begins, for a loss spike")
     burst_iters: int = option(0, "its length in steps; 0: no burst", AT_LEAST_0)
     burst_factor: float = option(1.0, "the rate is multiplied by this meanwhile", ABOVE_0)
@@ -322,10 +321,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class GPT(nn.Module):
     """GPT-2, or GPT-NeoX by configuration, with weights from a generator of its own:
-
     normal(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2), norms 1, biases 0.
     """
-
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -379,10 +376,8 @@ class GPT(nn.Module):
         return None, loss(x.flatten(0, 1), self.head, targets.flatten())
 
     def losses(self, idx, targets, memory: int = 36 << 20):
-        """Losses in nats, (B, T), with at most about `memory` bytes of logits at a time.
-
-        36 MB are just above the 32 from which malloc gives back at once what is free.
-        """
+        """Losses in nats, (B, T), with at most about `memory` bytes of logits at a time: 36 MB are
+        just above the 32 from which malloc gives back at once what is free."""
         x = self.hidden(idx).flatten(0, 1)  # (B T, C)
         rows = max(memory // (4 * self.config.vocab_size), 1)
         rows = min(rows, PIECE) if x.device.type == "cpu" else rows
@@ -879,10 +874,15 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         with contextlib.suppress(ValueError):  # not the main thread: its signals are not ours
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, note))
-        shown = None
-        if bar and rank == 0:
-            shown = stack.enter_context(lawa_core.progress(
-                config.max_iters, f"training {folder.name}", " step", initial=done))
+        shown = stack.enter_context(lawa_core.progress(
+            config.max_iters, f"training {folder.name}", " step", initial=done,
+            disable=rank > 0 or not bar))
+        board = None
+        if rank == 0:
+            with contextlib.suppress(ImportError):  # TensorBoard may not be installed
+                from torch.utils.tensorboard import SummaryWriter
+                board = SummaryWriter(folder / "tb", purge_step=done + 1)
+                stack.callback(board.close)
 
         first, begun, state_saved, pending = done, time.monotonic(), time.monotonic(), []
         while done < config.max_iters:
@@ -917,11 +917,14 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                     raise JobFailed(
                         f"{folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate "
                         f"{lr:.2e}; lower --lr {config.lr:g}; what was saved before is kept")
+                if board:
+                    board.add_scalar("loss", loss, step)
+                    board.add_scalar("rate", lr, step)
+                    board.add_scalar("gradient norm", norm, step)
             if rank == 0:
                 append(folder / "metrics.csv", rows)
-            if shown is not None:
-                shown.postfix = f"loss {loss:.3f}"
-                shown.update(len(rows))
+            shown.postfix = f"loss {loss:.3f}"
+            shown.update(len(rows))
 
             # save the weights and their averages, then the state, and stop if told to
             if rank == 0 and at_checkpoint and done in written:
@@ -1154,9 +1157,8 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
 # share of the run that the released interval gives (1.4% at GPT-2 small); `wide` is one beside it.
 # `laptop` is a miniature: many small steps, so that a step's noise, which averages remove, exceeds
 # the drift (pilot in LOG.md). The gpt2 scales re-cut the batch for one GPU, at the same tokens.
-OPENWEBTEXT = {"corpus": "openwebtext", "seeds": "0", "k": 5, "n_blocks": 512,
-               "averages": "ema(0.9); ema(0.999)"}
-PAPER = {**OPENWEBTEXT, "max_iters": 70_000, "warmup_iters": 2000}
+PAPER = {"corpus": "openwebtext", "max_iters": 70_000, "warmup_iters": 2000, "seeds": "0", "k": 5,
+         "n_blocks": 512, "averages": "ema(0.9); ema(0.999)"}
 SCALES = {
     "smoke": {
         "preset": "nano", "corpus": "stdlib", "lrs": "1e-3,1e-2", "max_iters": 200, "batch_size": 8,
@@ -1168,7 +1170,7 @@ SCALES = {
         "seeds": "0,1,2,3,4", "k": 5, "spacing": 25, "wide": 100, "n_blocks": 512,
         "averages": "ema(0.9); ema(0.98); ema(0.995); lawa(5, 1); lawa(5, 5)"},
     "gpu-hour": {
-        **OPENWEBTEXT, "preset": "midi", "lrs": "6e-4,1.8e-3,6e-3", "max_iters": 10_000,
+        **PAPER, "preset": "midi", "lrs": "6e-4,1.8e-3,6e-3", "max_iters": 10_000,
         "warmup_iters": 300, "batch_size": 32, "gradient_accumulation_steps": 4,
         "ckpt_interval": 50, "averages_interval": 100, "spacing": 50, "wide": 200},
     "gpt2-small": {
@@ -1202,7 +1204,6 @@ EXAMPLES = """examples
   python model.py train --preset micro --corpus stdlib --lr 1e-3 --max_iters 200 --seed 0
   python model.py train --scale gpt2-small --lr 6e-3        the paper's high rate
   torchrun --nproc_per_node=4 model.py train --scale gpt2-small
-  python -m lab.plan --scale gpt2-small                     what it takes
   python model.py sample RUN --scheme "lawa(k=5, spacing=20)" --prompt "def main("
 exit status: 0 done, 1 the run failed, 2 bad usage or input, 130/143 interrupted with its state
 saved (the same command goes on)"""

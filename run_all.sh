@@ -172,8 +172,14 @@ print(name + Lab._changes(SimpleNamespace(name=name, given=given)))
 PY
 }
 
-stamp_of() { # what a notebook's result depends on: itself, the code, the corpus, the parameters
-  cat "notebooks/$1.ipynb" ./*.py lab/*.py data/stdlib/meta.json - <<<"$scale ${options[*]-}" |
+# stamp_of NAME: what its result depends on: the notebook, the code (not the page's, which is built
+# anew every time), the corpus, the parameters
+stamp_of() {
+  local code=(./*.py lab/*.py) kept=() file
+  for file in "${code[@]}"; do
+    [[ $file == lab/report.py ]] || kept+=("$file")
+  done
+  cat "notebooks/$1.ipynb" "${kept[@]}" data/stdlib/meta.json - <<<"$scale ${options[*]-}" |
     hash256
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import csv
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -122,12 +123,14 @@ class Lab:
                 tree = ast.parse("".join(cell["source"]))
         committed = {node.target.id: ast.literal_eval(node.value)
                      for node in tree.body if isinstance(node, ast.AnnAssign)}
-        words = []
+        words = ""
         for key, value in self.given.items():
             same = key in ("scale", "out", "disk_budget", "force") or value == committed.get(key)
             if not same:
-                words.append(re.sub(r"[^\w.=,+-]", "_", f"-{key}={value}"))
-        return "".join(words)
+                words += re.sub(r"[^\w.=,+-]", "_", f"-{key}={value}")
+        if len(words) > 100:  # a file system's names have 255 bytes
+            words = f"{words[:80]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        return words
 
     def step(self, share: float, config=None) -> int:
         """The checkpoint, one with all averages' files, nearest to a share of a run."""

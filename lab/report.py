@@ -14,11 +14,15 @@ import math
 import re
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import matplotlib
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
 from lawa_core import LawaError, replacing
 
@@ -37,11 +41,11 @@ PRIMARY = {
     "ema": "LAWA beats EMA",
     "swa": "LAWA beats SWA"}
 
-# class and words of each outcome: symbol and word both, so that none depends on colour
+# colour and words of each outcome: symbol and word both, so that none depends on colour
 BADGES = {
     "holds": ("yes", "✓ holds"), "opposite": ("no", "✗ opposite"),
     "no difference": ("same", "= no difference"), "cannot tell": ("open", "? cannot tell"),
-    "not tested here": ("none", "– not tested here"), "check": ("open", "◦ check")}
+    "not tested here": ("open", "– not tested here"), "check": ("open", "◦ check")}
 
 GROUPS = {
     "primary": "The paper’s six primary claims",
@@ -62,37 +66,17 @@ CSV_BYTES = 2_000_000  # docs/claims.csv stays below
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder under the results: of a notebook, or of one with other parameters."""
-    name: str
+    """One folder under the results, which lab.Lab names <notebook> or <notebook>-<name>=<value>."""
+    folder: Path
+    notebook: str
+    changed: str  # what a variant's parameters changed, "lr=6e-4"; "" for the committed ones
     record: dict  # record.json, or {} when there is none that can be read
     problem: str  # why there is none, or ""
     failed: str  # "" or the last error of a failed run newer than the executed notebook
-    folder: Path
-
-    @property
-    def notebook(self) -> str:
-        """The notebook's name, of which a folder "lr_sweep-lr=6e-4" is a variant."""
-        return notebook_of(self.folder)
-
-    @property
-    def plain(self) -> bool:
-        """Run with the committed parameters, so that its claims are the page's."""
-        return self.name == self.notebook
-
-    @property
-    def changed(self) -> str:
-        """What a variant's parameters changed: "lr=6e-4"."""
-        return self.name[len(self.notebook) + 1:]
 
     def has(self, file) -> bool:
         """Is this a file directly in the notebook's folder?"""
         return Path(str(file)).name == str(file) and (self.folder / str(file)).is_file()
-
-
-def notebook_of(folder: Path) -> str:
-    """lab.Lab keys a folder by the parameters that differ: <notebook>-<name>=<value>..."""
-    name, equals, _ = folder.name.partition("=")
-    return name.rpartition("-")[0] or name if equals else name
 
 
 def read_entries(results: Path) -> list[Entry]:
@@ -100,48 +84,37 @@ def read_entries(results: Path) -> list[Entry]:
     entries = []
     for folder in sorted(results.iterdir()) if results.is_dir() else []:
         files = ("record.json", f"{folder.name}.ipynb", f"{folder.name}.failed.ipynb")
-        shown = folder.is_dir() and not folder.name.startswith(".")
-        if shown and any((folder / file).exists() for file in files):
-            entries.append(read_entry(folder))
+        path, executed, failed = (folder / file for file in files)
+        found = path.exists() or executed.exists() or failed.exists()
+        if folder.name.startswith(".") or not found:
+            continue
+        notebook, changed = re.fullmatch(r"(?s)(.+?)(?:-([^-=]+=.*))?", folder.name).groups("")
+        problem = failure = ""
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError(f"expected an object, got {type(record).__name__}")
+            for key in ("figures", "claims"):
+                items = record.get(key, [])
+                if not isinstance(items, list) or not all(isinstance(it, dict) for it in items):
+                    raise ValueError(f"{key!r} must be a list of objects")
+        except FileNotFoundError:
+            record, problem = {}, "record.json is missing"
+        except (ValueError, OSError) as error:
+            record, problem = {}, f"record.json cannot be read: {error}"
+        age = executed.stat().st_mtime if executed.exists() else 0
+        if failed.exists() and failed.stat().st_mtime >= age:
+            failure = last_error(failed)
+        entries.append(Entry(folder, notebook, changed, record, problem, failure))
     known = {name: place for place, name in enumerate(ORDER)}
-    entries.sort(key=lambda entry: (known.get(entry.notebook, len(ORDER)), entry.notebook,
-                                    not entry.plain))
-    return entries
+    return sorted(entries, key=lambda entry: (known.get(entry.notebook, len(ORDER)),
+                                              entry.notebook, entry.changed))
 
 
-def read_entry(folder: Path) -> Entry:
-    record, problem = {}, ""
-    try:
-        record = checked(json.loads((folder / "record.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        problem = "record.json is missing"
-    except (ValueError, OSError) as error:
-        problem = f"record.json cannot be read: {error}"
-    return Entry(folder.name, record, problem, last_failure(folder), folder)
-
-
-def checked(record) -> dict:
-    """The record, if it is an object whose lists hold objects; else ValueError."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object, got {type(record).__name__}")
-    for key in ("figures", "claims"):
-        items = record.get(key, [])
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ValueError(f"{key!r} must be a list of objects")
-    return record
-
-
-def last_failure(folder: Path) -> str:
-    """The error in <name>.failed.ipynb where that is newer than the executed notebook, else ""."""
-    failed = folder / f"{folder.name}.failed.ipynb"
-    executed = folder / f"{folder.name}.ipynb"
-    if not failed.exists():
-        return ""
-    if executed.exists() and executed.stat().st_mtime > failed.stat().st_mtime:
-        return ""
+def last_error(notebook: Path) -> str:
     found = "the error is in the partial notebook"
     try:
-        for cell in json.loads(failed.read_text(encoding="utf-8"))["cells"]:
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
             for output in cell.get("outputs", []):
                 if output["output_type"] == "error":
                     found = f"{output['ename']}: {output['evalue']}"
@@ -152,38 +125,35 @@ def last_failure(folder: Path) -> str:
 
 # ---- 2. Claims ----
 
-TEXTS = ("claim", "at", "published", "source", "unit", "over", "note", "figure")
-NUMBERS = ("value", "mean", "low", "high", "p", "margin", "noise_removed", "lag")
-
-
-@dataclass(frozen=True)
 class Claim:
     """A claim as `lab.Lab.claim` kept it; a text that is missing is "", a number None."""
-    notebook: str  # its folder's name
-    number: int  # its place among that notebook's claims
-    outcome: str  # after Holm's method, for the primary ones
-    primary: str
-    later: bool
-    n: float | None
-    pairs: list  # [seed or block, what the claim favours, what it is compared with]
-    claim: str
-    at: str
-    published: str
-    source: str
-    unit: str
-    over: str
-    note: str
-    figure: str
-    value: float | None
-    mean: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    margin: float | None
-    noise_removed: float | None
-    lag: float | None
-    holm: float | None = None  # p adjusted, where judged together with the others
-    alone: str = ""  # the outcome before that, where it changed
+    TEXTS = ("claim", "at", "published", "source", "unit", "over", "note", "figure")
+    NUMBERS = ("value", "mean", "low", "high", "p", "n", "margin", "noise_removed", "lag")
+
+    def __init__(self, notebook: str, number: int, kept: dict):
+        self.notebook = notebook  # its folder's name
+        self.anchor = f"{notebook}-{number}"
+        for key in self.TEXTS:
+            setattr(self, key, "" if kept.get(key) is None else str(kept[key]))
+        for key in self.NUMBERS:
+            setattr(self, key, real(kept.get(key)))
+        self.p = 1.0 if self.p is None else self.p  # what nothing tests
+        self.later = kept.get("later") is True
+        self.primary = kept["primary"] if str(kept.get("primary")) in PRIMARY else ""
+        self.outcome = kept["outcome"] if str(kept.get("outcome")) in BADGES else "cannot tell"
+        self.holm = None  # p adjusted, where judged together with the others
+        self.alone = ""  # the outcome before that, where it changed
+        # [seed or block, what the claim favours, what it is compared with], and the differences in
+        # favour of the claim: a pair does not say whether less is better, the claim's mean does
+        self.pairs, self.differences = kept.get("pairs") or [], []
+        try:
+            values = [one - other for _, one, other in self.pairs]
+            mean = sum(values) / len(values)
+            if math.isclose(abs(mean), abs(self.mean), rel_tol=1e-3, abs_tol=1e-6):
+                sign = 1 if mean * self.mean >= 0 else -1
+                self.differences = [sign * value for value in values]
+        except (TypeError, ValueError, ZeroDivisionError):
+            pass  # not all are numbers, or there are none
 
     @property
     def group(self) -> str:
@@ -192,10 +162,6 @@ class Claim:
         if self.outcome == "not tested here":
             return "untested"
         return "later" if self.later else "paper"
-
-    @property
-    def anchor(self) -> str:
-        return f"{self.notebook}-{self.number}"
 
     @property
     def badge(self) -> tuple[str, str]:
@@ -211,15 +177,12 @@ class Claim:
     @property
     def here(self) -> str:
         """+0.041 [+0.035, +0.047] nats"""
-        return f"{self.bare} {self.unit}".strip() if self.mean is not None else ""
-
-    @property
-    def bare(self) -> str:
-        """The same without its unit."""
+        if self.mean is None:
+            return ""
         ends = "no interval"
         if self.low is not None and self.high is not None:
             ends = f"{self.amount(self.low)}, {self.amount(self.high)}"
-        return f"{self.amount(self.mean)} [{ends}]"
+        return f"{self.amount(self.mean)} [{ends}] {self.unit}".strip()
 
     @property
     def split(self) -> str:
@@ -245,14 +208,11 @@ class Claim:
                     f"primary claims it cannot tell (p = {self.p:.2g}, after Holm "
                     f"{self.holm:.2g}).")
         unclear = self.outcome == "cannot tell" and self.over == "seeds"
-        if not unclear or None in (self.mean, self.low, self.high):
+        if not unclear or None in (self.mean, self.low, self.high, self.margin, self.n):
             return ""
-        half = (self.high - self.low) / 2
         # the interval must lie on one side of zero, or within the margin
-        enough = max(abs(self.mean), (self.margin or 0) - abs(self.mean))
-        if not self.n or enough <= 0:
-            return ""
-        wanted = math.ceil(self.n * (half / enough) ** 2)
+        enough = max(abs(self.mean), self.margin - abs(self.mean)) or 1e-9
+        wanted = math.ceil(self.n * ((self.high - self.low) / 2 / enough) ** 2)
         many = f"about {wanted}" if wanted <= 100 else "more than 100"
         return f"With a spread like this, {many} seeds would tell."
 
@@ -263,341 +223,198 @@ def real(value) -> float | None:
     return value if number and math.isfinite(value) else None
 
 
-def read_claims(notebook: str, record: dict) -> list[Claim]:
-    """The claims of a record, whatever it lacks; a claim without a known outcome cannot tell."""
-    claims = []
-    for i, kept in enumerate(record.get("claims", [])):
-        known = {key: "" if kept.get(key) is None else str(kept[key]) for key in TEXTS}
-        known |= {key: real(kept.get(key)) for key in NUMBERS}
-        pairs = kept.get("pairs")
-        claims.append(Claim(
-            notebook, i, **known,
-            outcome=kept["outcome"] if str(kept.get("outcome")) in BADGES else "cannot tell",
-            primary=kept["primary"] if str(kept.get("primary")) in PRIMARY else "",
-            later=kept.get("later") is True, n=real(kept.get("n")),
-            pairs=pairs if isinstance(pairs, list) else []))
-    return claims
-
-
-def judge(claims: list[Claim]) -> list[Claim]:
-    """The claims, the primary ones judged together and in order before the others.
+def claims_of(records: dict[str, dict]) -> list[Claim]:
+    """The claims of {notebook: record}; the primary ones first, in order and judged together.
 
     One that is not recorded or not tested counts with p = 1, so that what is said of the others can
     only get firmer as notebooks come in.
     """
-    primary = {}
-    others = []
-    for claim in claims:
-        if claim.primary and claim.primary not in primary:
-            primary[claim.primary] = claim
-        else:
-            others.append(replace(claim, primary=""))
-    if not primary:
-        return others
-    from lab.statistics import LEVEL, holm
-    ps = [1.0 if key not in primary or primary[key].p is None else primary[key].p
-          for key in PRIMARY]
-    judged = []
-    for key, adjusted in zip(PRIMARY, holm(ps), strict=True):
-        claim = primary.get(key)
-        if claim and claim.outcome in ("holds", "opposite"):
-            lost = adjusted > 1 - LEVEL + 1e-12
-            claim = replace(claim, holm=adjusted, alone=claim.outcome if lost else "",
-                            outcome="cannot tell" if lost else claim.outcome)
-        if claim:
-            judged.append(claim)
-    return judged + others
+    claims, primary = [], {}
+    for notebook, record in records.items():
+        for number, kept in enumerate(record.get("claims", [])):
+            claim = Claim(notebook, number, kept)
+            claims.append(claim)
+            if claim.primary in primary:
+                claim.primary = ""
+            elif claim.primary:
+                primary[claim.primary] = claim
+    if primary:
+        from lab.statistics import LEVEL, holm
+        ps = [primary[key].p if key in primary else 1.0 for key in PRIMARY]
+        for key, adjusted in zip(PRIMARY, holm(ps), strict=True):
+            claim = primary.get(key)
+            if claim and claim.outcome in ("holds", "opposite"):
+                claim.holm = adjusted
+                if adjusted > 1 - LEVEL + 1e-12:
+                    claim.alone, claim.outcome = claim.outcome, "cannot tell"
+    order = [*PRIMARY, ""]
+    return sorted(claims, key=lambda claim: order.index(claim.primary))
 
 
 def grouped(claims: list[Claim]) -> dict[str, list[Claim]]:
     return {group: [claim for claim in claims if claim.group == group] for group in GROUPS}
 
 
-# ---- 3. Figures, as SVG ----
+# ---- 3. Figures ----
 
-# for the page, whose colours follow light and dark, and for a file of its own
-FIGURE_STYLE = """
-svg text { fill: var(--ink); font: 14px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-svg .soft { fill: var(--soft); }
-svg .strong { font-weight: 600; }
-svg .badge-text { fill: currentColor; font-weight: 600; }
-svg .large { font-size: 16px; paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
-svg .rule { stroke: var(--line); }
-svg .zero { stroke: var(--ink); stroke-width: 1.5; }
-svg .band { fill: var(--band); }
-svg .bar { stroke: currentColor; stroke-width: 2.5; }
-svg .pair { stroke: var(--soft); stroke-width: 1.5; }
-svg .dot { fill: currentColor; stroke: currentColor; stroke-width: 2; }
-svg .hollow { fill: var(--back); stroke: currentColor; stroke-width: 2; }
-svg .published { fill: none; stroke: var(--ink); stroke-width: 1.8; }
-svg .yes { color: var(--yes); } svg .no { color: var(--no); } svg .same { color: var(--same); }
-svg .open, svg .none { color: var(--open); }
-""".strip()
-LIGHT = """
-svg { --ink: #1b2430; --soft: #5a6675; --line: #d9dee5; --back: #fff; --band: #e3e8ee;
-      --yes: #14703a; --no: #ab2323; --same: #0b5cad; --open: #5a6675; }
-""".strip()
+# on a light page; in the page's style each is a variable, which has another value in the dark
+COLOURS = {
+    "ink": "#1b2430", "soft": "#5a6675", "line": "#d9dee5", "back": "#ffffff", "band": "#dfe5ec",
+    "yes": "#14703a", "no": "#ab2323", "same": "#0b5cad", "open": "#596575"}
+STYLE = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 14, "xtick.labelsize": 14, "ytick.labelsize": 16, "axes.titlesize": 14,
+    "text.color": COLOURS["ink"], "ytick.labelcolor": COLOURS["ink"],
+    "xtick.labelcolor": COLOURS["soft"], "axes.labelcolor": COLOURS["soft"],
+    "axes.titlecolor": COLOURS["soft"], "grid.color": COLOURS["line"], "grid.linewidth": 1,
+    "figure.facecolor": COLOURS["back"], "figure.dpi": 72}  # a pixel is a point
 
 
-def tag(name: str, *inside, **attributes) -> Markup:
-    """An element; everything but Markup is escaped. class_ is class, text_anchor text-anchor."""
-    words = []
-    for key, value in attributes.items():
-        shown = f"{value:.1f}" if isinstance(value, float) else value
-        words.append(f' {key.rstrip("_").replace("_", "-")}="{escape(shown)}"')
-    parts = "".join(escape(part) for part in inside)
-    return Markup(f"<{name}{''.join(words)}>{parts}</{name}>")
+def draw(ax, claims: list[Claim], scale: list[Claim], size: float, bent: bool, up: int = 0) -> None:
+    """The claims' dots with their 90% intervals, in rows 0, 1, ...; published values `up` rows on.
 
-
-@dataclass(frozen=True)
-class Axis:
-    """From values to pixels: linear, or with a `knee` linear near zero and logarithmic beyond."""
-    low: float
-    high: float
-    left: float
-    right: float
-    knee: float | None = None
-
-    def bent(self, value: float) -> float:
-        return value if self.knee is None else math.asinh(value / self.knee)
-
-    def x(self, value: float) -> float:
-        low, high = self.bent(self.low), self.bent(self.high)
-        share = (self.bent(value) - low) / (high - low)
-        return self.left + share * (self.right - self.left)
-
-    def ticks(self) -> list[float]:
-        """Round values, zero among them, far enough from each other to be read."""
-        if self.knee is None:
-            rough = (self.high - self.low) / 4
-            power = 10 ** math.floor(math.log10(rough))
-            step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
-            first, last = math.ceil(self.low / step), math.floor(self.high / step)
-            return [i * step for i in range(first, last + 1)]
-        power = math.floor(math.log10(self.knee))
-        candidates = [digit * 10.0 ** (power + i) for i in range(9) for digit in (1, 3)]
-        kept = [0.0]
-        for sign in (1, -1):
-            last = 0.0
-            for size in candidates:
-                value = sign * size
-                far = abs(self.x(value) - self.x(last)) >= 44
-                if self.low <= value <= self.high and far:
-                    kept.append(value)
-                    last = value
-        return kept
-
-
-def axis_of(claims: list[Claim], left: float, right: float, bent: bool) -> Axis:
-    """An axis that holds zero, the margins, and all that is drawn of these claims."""
+    Filled where the outcome is plain, hollow where it is not. On an axis with zero, the margins and
+    all that is drawn of `scale`; bent: linear near zero and logarithmic beyond. size: of the dots.
+    """
     values = [0.0]
-    margin = max((claim.margin or 0 for claim in claims), default=0)
-    for claim in claims:
-        drawn = (claim.mean, claim.low, claim.high, claim.value)
+    for claim in scale:
+        margin = 1.3 * (claim.margin or 0)
+        drawn = (claim.mean, claim.low, claim.high, claim.value, margin, -margin)
         values += [value for value in drawn if value is not None]
         if not bent and claim.over == "seeds":
-            values += [difference for _, difference in differences(claim)]
-    low, high = min(*values, -1.3 * margin), max(*values, 1.3 * margin)
-    if low == high:
-        low, high = -1.0, 1.0
-    rest = 0.06 * (high - low)
+            values += claim.differences
+    low, high = min(values), max(values)
     if bent:
-        return Axis(low * 1.15, high * 1.15, left, right, 2 * margin or (high - low) / 20)
-    return Axis(low - rest, high + rest, left, right)
+        margin = max(claim.margin or 0 for claim in scale)
+        knee = 10 ** round(math.log10(2 * margin or (high - low) / 20 or 1))
+        ax.set_xscale("symlog", linthresh=knee)
+        ax.xaxis.get_major_locator().set_params(numticks=7)
+        ax.set_xlim(1.2 * min(low, -knee), 1.2 * max(high, knee))
+    else:
+        rest = 0.08 * (high - low) or 1
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        ax.set_xlim(low - rest, high + rest)
+    ax.xaxis.set_major_formatter(
+        lambda value, _: f"{value:+g}".replace("-", "−") if value else "0")
+    ax.set_frame_on(False)
+    ax.tick_params(which="both", length=0)
+    ax.set_axisbelow(True)
+    ax.grid(axis="x")
+    ax.axvline(0, color=COLOURS["ink"], linewidth=1.5, zorder=1)
+    for y, claim in enumerate(claims):
+        margin = claim.margin or 0
+        ax.barh(y + up / 2, 2 * margin, 1 + up, -margin, color=COLOURS["band"], zorder=0)
+        known = None not in (claim.low, claim.high)
+        ends = [[claim.mean - claim.low], [claim.high - claim.mean]] if known else None
+        colour = COLOURS[claim.badge[0]]
+        plain = claim.outcome in ("holds", "opposite", "no difference")
+        ax.errorbar(claim.mean, y, xerr=ends, fmt="o", color=colour, markersize=size,
+                    markerfacecolor=colour if plain else COLOURS["back"], markeredgewidth=2,
+                    elinewidth=2.5, capsize=size / 2 + 2, capthick=2.5)
+        if claim.value is not None:
+            ax.plot(claim.value, y + up, "D", markerfacecolor="none", markersize=size / 2 + 6,
+                    markeredgecolor=COLOURS["ink"], markeredgewidth=1.8)
 
 
-def tick_labels(axis: Axis, y: float) -> list[Markup]:
-    values = [float(f"{value:.6g}") for value in axis.ticks()]
-    digits = 0
-    if axis.knee is None:  # all with as many digits as one of them needs
-        digits = max(len(f"{value:g}".partition(".")[2]) for value in values)
-    parts = []
-    for value in values:
-        words = f"{value:+.{digits}f}" if digits else f"{value:+g}"
-        words = words.replace("-", "−") if value else "0"
-        parts.append(tag("text", words, x=axis.x(value), y=y, text_anchor="middle", class_="soft"))
-    return parts
-
-
-def rules(axis: Axis, top: float, bottom: float) -> list[Markup]:
-    """A rule at each tick; zero's is dark."""
-    parts = []
-    for value in axis.ticks():
-        x = axis.x(value)
-        parts.append(tag("line", x1=x, x2=x, y1=top, y2=bottom, class_="rule" if value else "zero"))
-    return parts
-
-
-def interval(claim: Claim, axis: Axis, y: float, size: float) -> Markup:
-    """The dot with its 90% interval; filled where the outcome is plain, hollow where it is not."""
-    parts = []
-    if claim.low is not None and claim.high is not None:
-        low, high = axis.x(claim.low), axis.x(claim.high)
-        parts.append(tag("line", x1=low, x2=high, y1=y, y2=y, class_="bar"))
-        for x in (low, high):
-            parts.append(tag("line", x1=x, x2=x, y1=y - size - 2, y2=y + size + 2, class_="bar"))
-    plain = claim.outcome in ("holds", "opposite", "no difference")
-    parts.append(tag("circle", cx=axis.x(claim.mean), cy=y, r=size,
-                     class_="dot" if plain else "hollow"))
-    return tag("g", *parts, class_=claim.badge[0])
-
-
-def diamond(x: float, y: float, size: float) -> Markup:
-    return tag("path", d=f"M{x:.1f} {y - size:.1f}l{size} {size} {-size} {size} {-size} {-size}z",
-               class_="published")
-
-
-def margin_band(claim: Claim, axis: Axis, top: float, bottom: float) -> list[Markup]:
-    if not claim.margin:
-        return []
-    left, right = axis.x(-claim.margin), axis.x(claim.margin)
-    return [tag("rect", x=left, y=top, width=right - left, height=bottom - top, class_="band")]
-
-
-def svg(parts: list, width: int, height: float, title: str, **attributes) -> Markup:
-    return tag("svg", tag("title", title), *parts, viewBox=f"0 0 {width} {height:.0f}",
-               width=width, height=round(height), role="img", **attributes)
-
-
-def forest(groups: dict[str, list[Claim]], width: int, link: bool = True, **attributes) -> Markup:
+@matplotlib.rc_context(STYLE)
+def forest(claims: list[Claim], width: int, page: bool = True) -> str:
     """One figure of all claims with an interval, grouped; within a group a panel for each unit.
 
     From 700 pixels on words, interval and outcome stand side by side, below that one over another,
-    so that type has the same size on a desk and on a phone. link: rows lead to the claims' cards.
+    so that type has the same size on a desk and on a phone. "" where no claim has an interval.
     """
     wide = width >= 700
-    left, right = (430.0, width - 232.0) if wide else (14.0, width - 14.0)
-    per_line = 56 if wide else width // 8
-    drawn = [claim for claims in groups.values() for claim in claims if claim.mean is not None]
-    axes = {}
-    for claim in drawn:
-        alike = [other for other in drawn if other.unit == claim.unit]
-        axes[claim.unit] = axis_of(alike, left, right, bent=True)
-    parts, y = [], 0.0
-    for group, claims in groups.items():
-        if any(claim.mean is not None for claim in claims):
-            y += 26
-            parts.append(tag("text", GROUPS[group], x=0, y=y, class_="strong large"))
-        # nats first, then what is measured in something else
-        for unit in sorted(axes, key=lambda unit: (unit != "nats", unit)):
-            rows = [claim for claim in claims if claim.unit == unit and claim.mean is not None]
-            if not rows:
-                continue
-            y += 24
-            unit_at = {"x": (left + right) / 2, "text_anchor": "middle"} if wide else {"x": 0}
-            parts.append(tag("text", unit, y=y, class_="soft", **unit_at))
-            y += 10
-            for claim in rows:
-                row, y = forest_row(claim, axes[unit], y, width, per_line, link)
-                parts += row
-            parts += tick_labels(axes[unit], y + 18)
-            y += 28
-    return svg(parts, width, y + 6, "Every claim’s difference with its 90% interval", **attributes)
+    left, right = (430, width - 232) if wide else (14, width - 14)
+    panels = []  # (group, where it begins; the claims; all of that unit, which have one axis)
+    shown = [claim for claim in claims if claim.mean is not None]
+    units = sorted({claim.unit for claim in shown}, key=lambda unit: (unit != "nats", unit))
+    for group, title in GROUPS.items():
+        for unit in units:
+            alike = [claim for claim in shown if claim.unit == unit]
+            rows = [claim for claim in alike if claim.group == group]
+            if rows:
+                panels.append((title, rows, alike))
+                title = ""
+    if not panels:
+        return ""
+    words = {claim: textwrap.fill(claim.claim, 56 if wide else width // 8) for claim in shown}
+    lines = max(text.count("\n") + 1 for text in words.values())
+    row = max(36, 18 * lines) + 10 if wide else 36 * lines + 26  # pixels
+    height = sum((60 if title else 34) + row * len(rows) + 28 for title, rows, _ in panels)
+    figure = Figure((width / 72, height / 72))
+    top = 0
+    for title, rows, alike in panels:
+        top += 60 if title else 34
+        bottom = top + row * len(rows)
+        ax = figure.add_axes((left / width, 1 - bottom / height,
+                              (right - left) / width, (bottom - top) / height))
+        draw(ax, rows, alike, 8, bent=True)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_yticks([])
+        ax.set_title(rows[0].unit, pad=8)
+        across = blended_transform_factory(IdentityTransform(), ax.transData)  # pixels, rows
+        ax.text(0, -0.5 - 34 / row, title, fontsize=16, weight="bold", transform=across)
+        for y, claim in enumerate(rows):
+            texts = ((words[claim], {"url": f"#{claim.anchor}" if page else None}),
+                     (claim.badge[1], {"color": COLOURS[claim.badge[0]], "weight": "bold"}),
+                     (claim.here.removesuffix(claim.unit).strip(), {"color": COLOURS["soft"]}))
+            places = ((0, -13, "left", "bottom"), (0, 13, "left", "top"),
+                      (width, 13, "right", "top"))
+            if wide:
+                places = ((0, 0, "left", "center"), (right + 20, -9, "left", "center"),
+                          (right + 20, 9, "left", "center"))
+            for (text, look), (x, below, ha, va) in zip(texts, places, strict=True):
+                ax.text(x, y + below / row, text, ha=ha, va=va, transform=across, **look)
+        top = bottom + 28
+    return svg(figure, "Every claim’s difference with its 90% interval", page)
 
 
-def forest_row(claim: Claim, axis: Axis, y: float, width: int, per_line: int,
-               link: bool) -> tuple[list[Markup], float]:
-    """A claim's row from y on, and where it ends."""
-    lines = textwrap.wrap(claim.claim, per_line) or [claim.notebook]
-    if width >= 700:
-        height = max(18 * len(lines), 36) + 10
-        top, bottom, at = y, y + height, y + height / 2
-        first = at + 5 - 9 * (len(lines) - 1)
-        x = axis.right + 20
-        says = [tag("text", claim.badge[1], x=x, y=at - 4, class_="badge-text"),
-                tag("text", claim.bare, x=x, y=at + 14, class_="soft")]
-    else:
-        top = y + 18 * len(lines) + 4
-        bottom, at = top + 26, top + 13
-        height = bottom - y + 30
-        first = y + 15
-        says = [tag("text", claim.badge[1], x=0, y=bottom + 15, class_="badge-text"),
-                tag("text", claim.bare, x=width, y=bottom + 15, text_anchor="end", class_="soft")]
-    words = [tag("text", line, x=0, y=first + 18 * i) for i, line in enumerate(lines)]
-    if link:
-        words = [tag("a", *words, href=f"#{claim.anchor}")]
-    parts = [*margin_band(claim, axis, top, bottom), *rules(axis, top, bottom), *words,
-             interval(claim, axis, at, 4.0), tag("g", *says, class_=claim.badge[0])]
-    if claim.value is not None:
-        parts.append(diamond(axis.x(claim.value), at, 8))
-    return parts, y + height
-
-
-def card_figure(claim: Claim) -> Markup:
+@matplotlib.rc_context(STYLE)
+def card_figure(claim: Claim) -> str:
     """A claim's own figure: what is published and what was found here, on one axis, large."""
-    if claim.mean is None:
-        return Markup()
-    width, left, right = 320, 92.0, 306.0
-    axis = axis_of([claim], left, right, bent=False)
-    parts, y = [], 40.0
-    rows = []
+    values = {"here": claim.mean}
     if claim.value is not None:
-        x = axis.x(claim.value)
-        rows += [tag("text", "published", x=0, y=y + 5, class_="large"), diamond(x, y, 9),
-                 label(claim.amount(claim.value), x, y - 16, axis)]
-        y += 56
-    rows += [tag("text", "here", x=0, y=y + 5, class_="large strong"),
-             interval(claim, axis, y, 6.5),
-             label(claim.amount(claim.mean), axis.x(claim.mean), y - 16, axis)]
+        values["published"] = claim.value
+    width, height = 320, 52 * len(values) + 44
+    figure = Figure((width / 72, height / 72))
+    ax = figure.add_axes((92 / width, 42 / height, 214 / width, 52 * len(values) / height))
+    draw(ax, [claim], [claim], 13, bent=False, up=len(values) - 1)
+    ax.set_ylim(-0.5, len(values) - 0.5)
+    ax.set_yticks(range(len(values)), values)
+    ax.set_xlabel(claim.unit)
+    for y, value in enumerate(values.values()):
+        ax.annotate(claim.amount(value), (value, y), (0, 10), textcoords="offset points",
+                    ha="center", fontsize=16)
     if claim.over == "seeds":
-        for _, value in differences(claim):
-            x = axis.x(value)
-            rows.append(tag("line", x1=x, x2=x, y1=y + 13, y2=y + 21, class_="pair"))
-    bottom = y + 30
-    parts += margin_band(claim, axis, 8.0, bottom)
-    parts += [*rules(axis, 8.0, bottom + 4), *tick_labels(axis, bottom + 18)]
-    below = 0 if len(claim.unit) <= 12 else 20  # beside the ticks, or where there is room
-    parts.append(tag("text", claim.unit, x=0, y=bottom + 18 + below, class_="soft"))
-    title = f"{claim.claim}: {claim.here}"
-    return svg([*parts, *rows], width, bottom + 26 + below, title)
+        ax.plot(claim.differences, [-0.33] * len(claim.differences), "|", color=COLOURS["soft"],
+                markersize=8, markeredgewidth=1.5)
+    return svg(figure, f"{claim.claim}: {claim.here}")
 
 
-def label(words: str, x: float, y: float, axis: Axis) -> Markup:
-    """Centred over x, within the axis."""
-    x = min(max(x, axis.left + 24), axis.right - 20)
-    return tag("text", words, x=x, y=y + 4, text_anchor="middle", class_="large")
-
-
-def differences(claim: Claim) -> list[tuple[object, float]]:
-    """(seed or block, difference in favour of the claim) of its pairs, where they are numbers.
-
-    A pair says what it compares and not whether less is better; the claim's mean says it.
-    """
-    found = []
-    for pair in claim.pairs:
-        values = [real(value) for value in pair[1:]] if isinstance(pair, list) else []
-        if len(values) != 2 or None in values:
-            return []
-        found.append((pair[0], values[0] - values[1]))
-    if not found or claim.mean is None:
-        return []
-    mean = sum(value for _, value in found) / len(found)
-    near = 1e-3 * abs(claim.mean) + 1e-6
-    for sign in (1, -1):
-        if abs(sign * mean - claim.mean) <= near:
-            return [(pair, sign * value) for pair, value in found]
-    return []
+def svg(figure: Figure, title: str, page: bool = True) -> str:
+    """The figure as a part of the page with the page's colours, or as a file of its own."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids that no other figure has
+        figure.savefig(file, format="svg",
+                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    if not page:
+        return file.getvalue()
+    drawn = file.getvalue().partition("<svg")[2].partition(">")[2]
+    drawn = re.sub(r'<style.*?</style>| id="[\w.]+_\d+"| target="_blank"', "", drawn)
+    for name, colour in COLOURS.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    width, height = figure.get_size_inches() * 72
+    return Markup(f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img">'
+                  f"<title>{escape(title)}</title>{drawn}")
 
 
 # ---- 4. The page ----
 
-def seconds(records: list[dict]) -> float:
-    """What the records took together, as far as they say."""
-    return sum(real(record.get("seconds")) or 0 for record in records)
-
-
 def duration(records: list[dict]) -> str:
-    minutes, rest = divmod(round(seconds(records)), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def dash(value):
-    """The value; a dash for nothing."""
-    return "—" if value is None or value == "" else value
-
-
-def sentence(value) -> str:
-    return str(dash(value)).rstrip(".") + "."
+    """What the records took together, as far as they say."""
+    total = sum(real(record.get("seconds")) or 0 for record in records)
+    minutes, seconds = divmod(round(total), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def plural(n: int, noun: str) -> str:
@@ -608,70 +425,28 @@ def distinct(records: list[dict], key: str) -> str:
     return ", ".join(sorted({str(record[key]) for record in records if record.get(key)}))
 
 
-def setting(records: list[dict]) -> str:
-    """The size of the runs, from the first record that says it: "nano, 10,000 steps, ..."."""
-    for record in records:
-        params = record.get("params")
-        if isinstance(params, dict) and real(params.get("max_iters")) and params.get("preset"):
-            words = f"{params['preset']}, {params['max_iters']:,} steps"
-            if params.get("seeds") is not None:
-                seeds = str(params["seeds"]).replace(",", " ").split()
-                words += f", {plural(len(seeds), 'seed')}"
-            return words
-    return ""
-
-
-def counts(claims: list[Claim]) -> list[tuple[str, str, int]]:
-    """[(class, words, how many)] of the outcomes there are."""
-    found = []
-    for outcome, (class_, words) in BADGES.items():
-        n = sum(claim.outcome == outcome for claim in claims)
-        if n:
-            found.append((class_, words, n))
-    return found
-
-
-def page(entries: list[Entry]) -> str:
-    """index.html: the primary claims, all claims in one figure, cards, a section per notebook."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "duration": duration, "dash": dash, "sentence": sentence, "plural": plural,
-        "distinct": distinct, "counts": counts, "card_figure": card_figure,
-        "first_upper": lambda words: words[:1].upper() + words[1:],
-        "first_lower": lambda words: words[:1].lower() + words[1:]}
-    claims, variants = [], {}
-    for entry in entries:
-        found = read_claims(entry.name, entry.record)
-        if entry.plain:
-            claims += found
-        else:
-            variants[entry.name] = judge(found)
-    claims = judge(claims)
-    groups = grouped(claims)
-    by_entry = {entry.name: [] for entry in entries} | variants
-    for claim in claims:
-        by_entry[claim.notebook].append(claim)
-    drawn = any(claim.mean is not None for claim in claims)
-    records = [entry.record for entry in entries]
-    return environment.get_template("report.html").render(
-        entries=entries, by_name={entry.name: entry for entry in entries}, records=records,
-        groups=groups, titles=GROUPS, primary=PRIMARY, by_entry=by_entry, claims=claims,
-        check=any(claim.outcome == "check" for claim in claims), setting=setting(records),
-        wide=forest(groups, 1040, class_="wide") if drawn else "",
-        narrow=forest(groups, 358, class_="narrow") if drawn else "",
-        figure_style=Markup(FIGURE_STYLE))
-
-
 def build(results: Path) -> Path:
     """Write results/index.html atomically; LawaError when there is nothing to show."""
     entries = read_entries(results)
     if not entries:
         raise LawaError(f"no records in {results}: expected <notebook>/record.json, "
                          "run ./run_all.sh first")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"duration": duration, "plural": plural, "distinct": distinct,
+                            "card_figure": card_figure}
+    claims = claims_of({entry.folder.name: entry.record for entry in entries if not entry.changed})
+    variants = []  # what they claim stands in their own sections alone
+    for entry in entries:
+        if entry.changed:
+            variants += claims_of({entry.folder.name: entry.record})
+    html = environment.get_template("report.html").render(
+        entries=entries, records=[entry.record for entry in entries], claims=claims,
+        variants=variants, groups=grouped(claims), titles=GROUPS, primary=PRIMARY, badges=BADGES,
+        colours=COLOURS, wide=forest(claims, 1040), narrow=forest(claims, 358))
     with replacing(results / "index.html") as part:
-        part.write_text(page(entries), encoding="utf-8")
+        part.write_text(html, encoding="utf-8")
     return results / "index.html"
 
 
@@ -682,66 +457,44 @@ def publish(results: Path, root: Path = ROOT) -> list[Path]:
 
     Records of notebooks with other than the committed parameters are left out.
     """
-    entries = [entry for entry in read_entries(results) if entry.record and entry.plain]
-    if "lr_sweep" not in [entry.name for entry in entries]:
+    records = {entry.folder.name: entry.record for entry in read_entries(results)
+               if entry.record and not entry.changed}
+    if "lr_sweep" not in records:
         raise LawaError(f"no record of lr_sweep in {results}; run ./run_all.sh first")
-    records = [entry.record | {"notebook": entry.name} for entry in entries]
-    table = csv_of(records)
-    text = json.dumps([tidy(slim(record)) for record in records], indent=1, ensure_ascii=False)
     figure = (results / "lr_sweep/gain_over_steps.png").read_bytes()
-    (root / "docs").mkdir(exist_ok=True)
-    (root / "docs/claims.json").write_text(text + "\n", encoding="utf-8")
-    (root / "docs/claims.csv").write_text(table, encoding="utf-8")
-    (root / "docs/gain_over_steps.png").write_bytes(figure)
-    return renew(root)
 
-
-def slim(record: dict) -> dict:
-    """A record without the pairs over blocks, which are many."""
+    # docs/claims.json: the records without pairs over blocks, which are many, with numbers of six
+    # digits, and paths of this machine cut to their names
     kept = []
-    for claim in record.get("claims", []):
-        blocks = claim.get("over") == "blocks"
-        kept.append(claim | {"pairs": []} if blocks else claim)
-    return record | {"claims": kept}
+    for name, record in records.items():
+        claims = [claim | {"pairs": []} if claim.get("over") == "blocks" else claim
+                  for claim in record.get("claims", [])]
+        kept.append(record | {"notebook": name, "claims": claims})
+    kept = json.loads(json.dumps(kept), parse_float=lambda digits: float(f"{float(digits):.6g}"),
+                      parse_constant=lambda _: None)
+    text = re.sub(r"(?:(?<=\\[nt])|(?<![\w.:/~]))/(?:[^\s/'\":,]+/)+([^\s/'\":,]+)", r"\1",
+                  json.dumps(kept, indent=1, ensure_ascii=False))
 
-
-def tidy(value):
-    """The same with numbers rounded to six digits, and paths of this machine cut to their names."""
-    if isinstance(value, dict):
-        return {key: tidy(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [tidy(inner) for inner in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, str):
-        return re.sub(r"(?<![\w.:/~])/(?:[^\s/'\":,]+/)+([^\s/'\":,]+)", r"\1", value)
-    return value
-
-
-def csv_of(records: list[dict]) -> str:
-    """docs/claims.csv: a line per claim and seed, so that every interval can be made again.
-
-    Of claims paired over blocks, and of those without pairs, the mean alone.
-    """
+    # docs/claims.csv: a line per claim and seed, so that every interval can be made again; where
+    # there are no pairs the mean
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("notebook", "claim", "unit", "over", "seed_or_block", "favoured", "compared",
                      "difference"))
-    for record in records:
-        for claim in read_claims(record["notebook"], record):
-            about = [claim.notebook, claim.claim, claim.unit, claim.over]
-            if claim.mean is None:
-                continue
-            if claim.over == "blocks" or not differences(claim):
-                where = f"mean of {claim.n} {claim.over}"
-                writer.writerow([*about, where, "", "", f"{claim.mean:.6g}"])
-                continue
-            for pair, (_, value) in zip(claim.pairs, differences(claim), strict=True):
-                numbers = [f"{number:.6g}" for number in (*pair[1:], value)]
-                writer.writerow([*about, pair[0], *numbers])
+    for claim in claims_of({record["notebook"]: record for record in json.loads(text)}):
+        about = (claim.notebook, claim.claim, claim.unit, claim.over)
+        rows = [(*pair, f"{difference:.6g}")
+                for pair, difference in zip(claim.pairs, claim.differences, strict=False)]
+        if claim.mean is not None:
+            rows = rows or [(f"mean of {claim.n} {claim.over}", "", "", claim.mean)]
+        writer.writerows((*about, *row) for row in rows)
     if len(file.getvalue().encode()) > CSV_BYTES:
         raise LawaError(f"docs/claims.csv would take more than {CSV_BYTES:,} bytes")
-    return file.getvalue()
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs/claims.json").write_text(text + "\n", encoding="utf-8")
+    (root / "docs/claims.csv").write_text(file.getvalue(), encoding="utf-8")
+    (root / "docs/gain_over_steps.png").write_bytes(figure)
+    return renew(root)
 
 
 def renew(root: Path = ROOT) -> list[Path]:
@@ -749,7 +502,7 @@ def renew(root: Path = ROOT) -> list[Path]:
 
     Nothing is written if one of the PAGES lacks a mark.
     """
-    found = blocks(root)
+    found = made(root)
     texts = {}
     for page, names in PAGES.items():
         text = (root / page).read_text(encoding="utf-8")
@@ -762,116 +515,72 @@ def renew(root: Path = ROOT) -> list[Path]:
                 after = rest.split(end)[1]
                 text = f"{before}{begin}\n{found[name]}\n{end}{after}"
         texts[root / page] = text
-    for file, text in drawings(root).items():
-        texts[root / file] = text
+    texts |= {root / name: text for name, text in found.items() if name.endswith(".svg")}
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return list(texts)
 
 
-def published(root: Path) -> tuple[list[dict], list[Claim]]:
-    """The records of docs/claims.json with their claims, judged; none where it has another form."""
-    path = root / "docs/claims.json"
-    if not path.exists():
-        return [], []
-    records = json.loads(path.read_text(encoding="utf-8"))
-    if not all("claims" in record for record in records):
-        return [], []
-    claims = []
-    for record in records:
-        claims += read_claims(record["notebook"], record)
-    return records, judge(claims)
-
-
-def blocks(root: Path = ROOT) -> dict[str, str]:
-    """{name: Markdown} of the generated parts, for what there is."""
+def made(root: Path = ROOT) -> dict[str, str]:
+    """{part of one of the PAGES: Markdown} and {file: SVG}, for what there is."""
     found = {}
-    records, claims = published(root)
-    if records:
-        found["headline"] = headline(records, claims)
-        found["claims"] = primary_claims(claims)
-        found["all claims"] = all_claims(records, claims)
     if (root / "docs/plan.txt").exists():
         plan = (root / "docs/plan.txt").read_text(encoding="utf-8").strip()
         found["plan"] = f"```\n{plan}\n```"
-    for file in sorted((root / "benchmarks").glob("*.json")):
-        found[file.stem] = json.loads(file.read_text(encoding="utf-8"))["markdown"]
-    return found
+    for path in sorted((root / "benchmarks").glob("*.json")):
+        found[path.stem] = json.loads(path.read_text(encoding="utf-8"))["markdown"]
+    path = root / "docs/claims.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not records or not all("claims" in record for record in records):  # of a former form
+        return found
+    claims = claims_of({record["notebook"]: record for record in records})
 
+    def table(rows: list[tuple[str, Claim | None]]) -> str:
+        lines = ["| claim | published | here, with 90% interval | outcome | n |",
+                 "|---|---|---|---|---|"]
+        for words, claim in rows:
+            cells = [words, "—", "—", "not recorded", "—"]
+            if claim:
+                whose = "later work: " if claim.later else ""
+                here = "; ".join(filter(None, (claim.here, claim.at, claim.split, claim.note)))
+                outcome = f"{claim.badge[1]}. {claim.judged}" if claim.judged else claim.badge[1]
+                cells = [f"{words} (`{claim.notebook}`)",
+                         f"{whose}{claim.published} {claim.source}", here or "—", outcome,
+                         claim.sample or "—"]
+            cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
 
-def drawings(root: Path = ROOT) -> dict[str, str]:
-    """{file: SVG}: the paper's claims for README, and all of them."""
-    _, claims = published(root)
-    groups = grouped(claims)
-    paper = {group: groups[group] for group in ("primary", "paper")}
-    found = {}
-    for file, shown in (("docs/claims.svg", paper), ("docs/claims_all.svg", groups)):
-        if any(claim.mean is not None for inner in shown.values() for claim in inner):
-            style = tag("style", Markup(LIGHT + FIGURE_STYLE))
-            back = tag("rect", width="100%", height="100%", fill="#fff")
-            drawn = forest(shown, 1040, link=False, xmlns="http://www.w3.org/2000/svg")
-            start, title, rest = drawn.partition("<title>")
-            found[file] = f"{start}{style}{back}{title}{rest}\n"
-    return found
-
-
-def headline(records: list[dict], claims: list[Claim]) -> str:
+    # README: the figure with what the first two claims say of it, then the six in a table
+    primary = {claim.primary: claim for claim in claims if claim.primary}
     record = next(record for record in records if record["notebook"] == "lr_sweep")
-    drawn = {figure.get("file"): figure for figure in record.get("figures", [])}
-    alt = drawn.get("gain_over_steps.png", {}).get("title", "Gain of LAWA over training steps")
     words = []
-    for claim in claims:
-        if claim.primary in ("early", "rates"):
+    for key in ("early", "rates"):
+        if key in primary:
+            claim = primary[key]
             words.append(f"*{claim.claim}*: **{claim.badge[1]}**: {claim.here} ({claim.at}; "
                          f"{claim.sample}). Published: {claim.published} {claim.source}.")
     words.append(f"Scale `{record.get('scale')}`, made by `{record.get('command')}` in "
                  f"{duration([record])} on {record.get('machine')}.")
-    return f"![{alt}](docs/gain_over_steps.png)\n\n{' '.join(words)}"
-
-
-def primary_claims(claims: list[Claim]) -> str:
-    found = {claim.primary: claim for claim in claims if claim.primary}
-    rows = []
-    for key, words in PRIMARY.items():
-        if key in found:
-            claim = found[key]
-            rows.append([f"{words}: *{claim.claim}* (`{claim.notebook}`)", *cells(claim)])
-        else:
-            rows.append([words, "—", "—", "not recorded", "—"])
+    figure = "![Gain of LAWA over training steps](docs/gain_over_steps.png)"
+    found["headline"] = f"{figure}\n\n{' '.join(words)}"
+    rows = [(f"{words}: *{primary[key].claim}*" if key in primary else words, primary.get(key))
+            for key, words in PRIMARY.items()]
     figure = "![The paper’s claims: each difference with its 90% interval](docs/claims.svg)"
-    drawn = any(claim.mean is not None for claim in claims)
-    return f"{table(rows)}\n\n{figure}" if drawn else table(rows)
+    found["claims"] = f"{table(rows)}\n\n{figure}"
+    paper = [claim for claim in claims if claim.group in ("primary", "paper")]
+    found["docs/claims.svg"] = forest(paper, 1040, page=False)
 
-
-def all_claims(records: list[dict], claims: list[Claim]) -> str:
-    parts = []
-    if any(claim.mean is not None for claim in claims):
-        parts.append("![Every claim’s difference with its 90% interval](claims_all.svg)")
-    for group, found in grouped(claims).items():
-        if found:
-            rows = [[f"{claim.claim} (`{claim.notebook}`)", *cells(claim)] for claim in found]
+    # docs/claims.md: all of them
+    found["docs/claims_all.svg"] = forest(claims, 1040, page=False)
+    parts = ["![Every claim’s difference with its 90% interval](claims_all.svg)"]
+    for group, inside in grouped(claims).items():
+        if inside:
+            rows = [(claim.claim, claim) for claim in inside]
             parts.append(f"## {GROUPS[group]}\n\n{table(rows)}")
-    scales = distinct(records, "scale")
-    parts.append(f"Scale {scales}; {duration(records)} of notebooks in all.")
-    return "\n\n".join(parts)
-
-
-def cells(claim: Claim) -> list:
-    """A claim's cells: published, here, outcome, n."""
-    here = "; ".join(filter(None, (claim.here, claim.at, claim.split, claim.note)))
-    outcome = " ".join(filter(None, (f"{claim.badge[1]}.", claim.judged)))
-    whose = "later work: " if claim.later else ""
-    return [f"{whose}{claim.published} {claim.source}", here or "—",
-            outcome if claim.judged else claim.badge[1], claim.sample or "—"]
-
-
-def table(rows: list[list]) -> str:
-    lines = ["| claim | published | here, with 90% interval | outcome | n |",
-             "|---|---|---|---|---|"]
-    for row in rows:
-        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    parts.append(f"Scale {distinct(records, 'scale')}; {duration(records)} of notebooks in all.")
+    found["all claims"] = "\n\n".join(parts)
+    return found
 
 
 def main(argv=None) -> int:

@@ -1,13 +1,7 @@
-"""Many runs, several at a time, in processes of their own; TensorBoard's view of them.
-
-    python -m lab.runs RUN [RUN ...] [--follow]     events for TensorBoard, in RUN/tb
-"""
+"""Many runs, several at a time, in processes of their own."""
 from __future__ import annotations
 
-import argparse
-import contextlib
 import functools
-import importlib.util
 import itertools
 import math
 import multiprocessing
@@ -15,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import types
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,8 +18,6 @@ from pathlib import Path
 import lawa_core
 import model
 from lawa_core import LawaError
-
-# ---- 1. Training ----
 
 
 @dataclass(frozen=True)
@@ -76,8 +67,7 @@ def train_all(configs, jobs: int | None = None, *, state_at=(), resume_from=None
               disk_budget: float = math.inf) -> list[Path]:
     """Train the runs that are not finished, `jobs` at a time, and return all run folders, in order.
 
-    Each process has a GPU of its own, in turn where there are more processes than GPUs. Where
-    `tensorboard` is installed, the runs can be watched: `tensorboard --logdir runs`.
+    Each process has a GPU of its own, in turn where there are more processes than GPUs.
     configs: of `model.Config`; one that comes twice is trained once. jobs: processes that share the
     cores, default `usual_jobs`. state_at, keep, disk_budget: as for `model.train`, for every run.
     resume_from: for each run a state file that another one left, or None; where there is no such
@@ -140,11 +130,9 @@ def _watch(futures: dict[Future, Path], total: int) -> None:
     done = sum(map(_steps_done, futures.values()))
     running = set(futures)
     shown = lawa_core.progress(total - done, "training", unit=" step")
-    with watching(futures.values()) as boards, shown as bar:
+    with shown as bar:
         while running:
             _, running = wait(running, timeout=1)
-            for board in boards:
-                board.update()
             now = sum(map(_steps_done, futures.values()))
             bar.update(now - done)
             bar.set_postfix_str(f"{len(futures) - len(running)} of {len(futures)} runs")
@@ -203,131 +191,3 @@ class _no_script:
 
     def __exit__(self, *_):
         sys.modules["__main__"] = self.main
-
-
-# ---- 2. TensorBoard ----
-
-# a run's tables and what TensorBoard calls their columns
-TABLES = {
-    "metrics.csv": {"loss": "loss/training", "lr": "learning rate", "grad_norm": "gradient norm"},
-    "val.csv": {"loss": "loss/validation"}}
-
-
-def summary_writer():
-    """torch's SummaryWriter, or None where `tensorboard` is not installed or does not work."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # never worth a run: such packages break with one another
-        model.say_once(f"no events for TensorBoard: {error!r}")
-        return None
-    return SummaryWriter
-
-
-class Board:
-    """Event files for TensorBoard in RUN/tb, made of a run's tables while these grow.
-
-    Whoever watches a run writes them, and not the training, which stays as it is; so they can be
-    made of any run, one that ended or trains elsewhere too. One that goes on after an interruption
-    cuts its tables back: its events are then written anew.
-    """
-
-    def __init__(self, folder: Path, writer):
-        self.folder = folder
-        self.writer = writer  # makes `events`
-        self.events = None
-        self.read = {}  # {table: (its inode, bytes read)}
-
-    def update(self) -> None:
-        """Write what the tables have more than last time; where that fails, no more."""
-        if self.writer is None:
-            return
-        try:
-            self.add()
-        except OSError as error:  # not worth a run
-            model.say_once(f"no more events for TensorBoard: {error}")
-            self.writer = None
-
-    def add(self) -> None:
-        for name, (inode, _) in self.read.items():
-            path = self.folder / name
-            if not path.exists() or path.stat().st_ino != inode:
-                self.close()
-                self.events = None
-                self.read = {}
-                break
-        for name, tags in TABLES.items():
-            for row in self.new_rows(name):
-                if self.events is None:
-                    for file in (self.folder / "tb").glob("events.out.tfevents.*"):
-                        file.unlink(missing_ok=True)
-                    self.events = self.writer(str(self.folder / "tb"), flush_secs=10)
-                for column, tag in tags.items():
-                    self.events.add_scalar(tag, float(row[column]), int(row["step"]))
-
-    def new_rows(self, name: str) -> list[dict]:
-        path = self.folder / name
-        if not path.exists():
-            return []
-        with open(path, "rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            columns = file.readline().decode().strip().split(",")
-            known, begin = self.read.get(name, (inode, file.tell()))
-            if known != inode:
-                return []  # replaced just now: the next update begins anew
-            file.seek(begin)
-            text = file.read()
-        text = text[:text.rfind(b"\n") + 1]  # the last line may be half written
-        self.read[name] = inode, begin + len(text)
-        rows = [line.split(",") for line in text.decode().splitlines()]
-        return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns)]
-
-    def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
-
-
-@contextlib.contextmanager
-def watching(folders):
-    """The boards of these runs, brought up to date in the end; none without tensorboard."""
-    writer = summary_writer()
-    boards = []
-    if writer:
-        boards = [Board(Path(folder), writer) for folder in folders]
-    try:
-        yield boards
-    finally:
-        for board in boards:
-            board.update()
-            board.close()
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m lab.runs", description="Write runs' losses, rates and gradient norms as events "
-        "for TensorBoard, in RUN/tb. Runs of notebooks have them already.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--follow", action="store_true",
-                        help="go on until all are finished, also those that have not begun")
-    args = parser.parse_args(argv)
-    wrong = [str(run) for run in args.runs if not (args.follow or (run / "metrics.csv").exists())]
-    if wrong or summary_writer() is None:
-        told = "expected run folders, with a metrics.csv, got " + ", ".join(wrong)
-        if not wrong:
-            told = "expected the package tensorboard; run pip install tensorboard"
-        print(f"error: {told}", file=sys.stderr)
-        return 2
-    try:
-        with watching(args.runs) as boards:
-            while args.follow and not all((run / "summary.json").exists() for run in args.runs):
-                for board in boards:
-                    board.update()
-                time.sleep(2)
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

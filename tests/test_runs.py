@@ -88,7 +88,11 @@ def test_train_all(config, monkeypatch):
     are done; every step is counted once."""
     totals, counted, shown = [], [], []
 
-    def progress(total, desc, unit="it"):
+    real = lawa_core.progress
+
+    def progress(total, desc, unit="it", disable=False, **options):
+        if disable:  # of a run trained in this process
+            return real(total, desc, unit, disable=True, **options)
         totals.append(total)
         bar = types.SimpleNamespace(update=counted.append, set_postfix_str=shown.append)
         return contextlib.nullcontext(bar)
@@ -237,102 +241,43 @@ def test_windows_are_kept_whole_and_little_else(config):
 # ---- TensorBoard ----
 
 
-class Events(list):
-    """Stands for torch's SummaryWriter."""
+def test_events_for_tensorboard_where_it_is_installed(config, monkeypatch, tmp_path):
+    """Loss, rate and gradient norm of every step, and the same run as without."""
+    boards = []
 
-    def __init__(self, folder, flush_secs):
-        self.closed = False
-        self.file = Path(folder) / f"events.out.tfevents.{len(list(Path(folder).glob('*')))}"
-        self.file.parent.mkdir(exist_ok=True)
-        self.file.touch()
+    class Writer(list):
+        """Stands for torch's SummaryWriter."""
 
-    def add_scalar(self, tag, value, step):
-        self.append((step, tag, value))
+        def __init__(self, folder, purge_step):
+            self.folder, self.first, self.closed = folder, purge_step, False
+            boards.append(self)
 
-    def close(self):
-        self.closed = True
+        def add_scalar(self, tag, value, step):
+            self.append((tag, value, step))
 
+        def close(self):
+            self.closed = True
 
-HEAD = "step,tokens,lr,loss,grad_norm\n"
-
-
-def test_a_board_follows_a_run(tmp_path):
-    """Row by row, half-written lines left; what is cut back is written anew, once."""
-    board = runs.Board(tmp_path, Events)
-    board.update()
-    assert board.events is None
-    (tmp_path / "metrics.csv").write_text(HEAD)
-    board.update()
-    with open(tmp_path / "metrics.csv", "a") as file:
-        for text, known in (("1,8,0.5,4.0,2.0\n2,16,0.", 3), ("25,3.0,1.0\n", 6), ("", 6)):
-            file.write(text)
-            file.flush()
-            board.update()
-            assert len(board.events) == known
-    (tmp_path / "val.csv").write_text("step,loss\n2,3.5\n")
-    board.update()
-    first = board.events
-    rows = [(1, "loss/training", 4.0), (1, "learning rate", 0.5), (1, "gradient norm", 2.0)]
-    assert first[:3] == rows and first[-1] == (2, "loss/validation", 3.5)
-
-    with lawa_core.replacing(tmp_path / "metrics.csv") as part:  # as a run that goes on does
-        part.write_text(HEAD + "1,8,0.5,4.0,2.0\n")
-    board.update()
-    assert first.closed and list(board.events) == [*rows, first[-1]]
-    assert len(list((tmp_path / "tb").iterdir())) == 1
-    again = runs.Board(tmp_path, Events)  # another process
-    again.update()
-    assert list(again.events) == [*rows, first[-1]]
-    assert len(list((tmp_path / "tb").iterdir())) == 1
-
-
-def test_runs_have_boards_where_tensorboard_is_installed(config, monkeypatch, tmp_path):
-    """And the same numbers as without."""
-    made = []
-
-    def writer(folder, flush_secs):
-        made.append(Events(folder, flush_secs))
-        return made[-1]
-
-    monkeypatch.setattr(runs, "summary_writer", lambda: writer)
-    (folder,) = train_all([config], 1)
-    assert [step for step, tag, _ in made[-1] if tag == "learning rate"] == list(range(1, 13))
-    assert made[-1].closed and (folder / "tb").is_dir()
-    assert_same_run(folder, train(config, tmp_path / "alone", threads=THREADS))
-    assert lawa_core.open_trajectory(folder).steps == config.checkpoint_steps
-
-    def full(folder, flush_secs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(runs, "summary_writer", lambda: full)
-    (other,) = train_all([changed(config, seed=8)], 1)
-    assert (other / "summary.json").exists() and not (other / "tb").exists()
-
-
-def test_the_command_for_boards(config, monkeypatch, capsys, tmp_path):
-    folder = train(config, tmp_path / "run")
-    monkeypatch.setattr(runs, "summary_writer", lambda: None)
-    assert runs.main([str(folder)]) == 2
-    monkeypatch.setattr(runs, "summary_writer", lambda: Events)
-    assert runs.main([str(tmp_path / "none")]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all(line.startswith("error: expected ") for line in told)
-    assert runs.main([str(folder), "--follow"]) == 0
-    assert list((folder / "tb").glob("events.*"))
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer
+    alone = train(config, tmp_path / "alone", threads=THREADS)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    folder = train(config, tmp_path / "watched", threads=THREADS)
+    assert_same_run(folder, alone)
+    (board,) = boards
+    assert board.closed and board.first == 1 and board.folder == folder / "tb"
+    rates = [(step, value) for tag, value, step in board if tag == "rate"]
+    assert rates == [(step + 1, model.learning_rate(config, step)) for step in range(12)]
+    assert {tag for tag, _, _ in board} == {"loss", "rate", "gradient norm"}
 
 
 def test_tensorboard_reads_what_is_written(config, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = train(config, tmp_path / "run", eval_interval=4)
-    assert runs.main([str(folder)]) == 0
+    folder = train(config, tmp_path / "run")
     events = EventAccumulator(str(folder / "tb")).Reload()
-    assert set(events.Tags()["scalars"]) == {
-        tag for tags in runs.TABLES.values() for tag in tags.values()
-    }
-    assert [event.step for event in events.Scalars("loss/training")] == list(range(1, 13))
-    assert [event.step for event in events.Scalars("loss/validation")] == [4, 8, 12]
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
 
 
 # ---- what ends in the middle ----
