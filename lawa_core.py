@@ -413,11 +413,6 @@ class Checkpoint(UserDict):
         stored = self.data[name]
         return stored.tensor(stored.read(0, stored.nbytes).copy())
 
-    def state(self) -> dict:
-        """All as {name: torch.Tensor}, not to be changed, each read once; tied names share one."""
-        read = {one: one.tensor(one.read(0, one.nbytes)) for one in set(self.data.values())}
-        return {name: read[one] for name, one in self.data.items()}
-
     @functools.cached_property
     def ties(self) -> dict[str, str]:
         """{further name: first name} of tied tensors."""
@@ -1087,7 +1082,9 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                                     "weights, so one is a wrong file; leave it out, or allow "
                                     "duplicates")
             if not on_disk:
-                held[step] = from_memory(held[step].state(), held[step].path)
+                for stored in set(held[step].data.values()):  # its files may go
+                    data = stored.read(0, stored.nbytes)
+                    stored.read = lambda start, stop, data=data: data[start:stop]
                 trajectory.release(step)
         if step in targets:
             for name, own in rows.items():
@@ -1185,9 +1182,9 @@ def finish(path: Path, part: Path, like, note: Mapping) -> None:
             config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
         import torch
-        state = whole.state()
+        state = {name: whole[name] for name in whole if name not in whole.ties}
         with open(part, "wb") as file:  # whose errors are the system's
-            torch.save(state, file)
+            torch.save(state | {name: state[kept] for name, kept in whole.ties.items()}, file)
         with replacing(sidecar(path)) as text:
             text.write_text(json.dumps(note, indent=1))
 
