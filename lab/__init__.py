@@ -195,7 +195,10 @@ class Lab:
             if cost.lacking and not self.values.get("force"):
                 told = [f"not enough {what}: {words}" for what, words in cost.lacking.items()]
                 raise LawaError("; ".join(told) + "; or go on all the same with -p force True")
-        return train_all(configs, state_at=states, **more)
+        folders = train_all(configs, state_at=states, **more)
+        if missing and _clear_progress():
+            print(cost)
+        return folders
 
     def evaluate(self, configs, schemes, at, fields=("lr", "seed")) -> list[dict]:
         """Train what is not trained, evaluate runs and averages.
@@ -286,12 +289,13 @@ class Lab:
             part.write_text(json.dumps(record, indent=1, ensure_ascii=False))
 
 
-def _clear_progress() -> None:
-    """In a notebook, lines of progress go once the work is done, as all that the cell printed."""
+def _clear_progress() -> bool:
+    """In a notebook, take away the lines of progress, and what else the cell printed; is it one?"""
     from IPython import get_ipython
     from IPython.display import clear_output
     if get_ipython():
         clear_output(wait=True)
+    return get_ipython() is not None
 
 
 def _number(value) -> float | None:

@@ -341,7 +341,7 @@ def forest(claims: list[Claim], width: int, page: bool = True) -> str:
     lines = max(text.count("\n") + 1 for text in words.values())
     row = max(36, 18 * lines) + 10 if wide else 36 * lines + 26  # pixels
     height = sum((60 if title else 34) + row * len(rows) + 28 for title, rows, _ in panels)
-    figure = Figure((width / 72, height / 72))
+    figure = Figure((width / 72, height / 72), layout="none")
     top = 0
     for title, rows, alike in panels:
         top += 60 if title else 34
@@ -376,7 +376,7 @@ def card_figure(claim: Claim) -> str:
     if claim.value is not None:
         values["published"] = claim.value
     width, height = 320, 52 * len(values) + 44
-    figure = Figure((width / 72, height / 72))
+    figure = Figure((width / 72, height / 72), layout="none")
     ax = figure.add_axes((92 / width, 42 / height, 214 / width, 52 * len(values) / height))
     draw(ax, [claim], [claim], 13, bent=False, up=len(values) - 1)
     ax.set_ylim(-0.5, len(values) - 0.5)

@@ -157,7 +157,7 @@ def test_words_of_a_difference():
     _, low, high, _ = reference([0.036, 0.04, 0.041, 0.044, 0.044])
     assert str(found) == f"+0.041 [{low:+.3f}, {high:+.3f}] nats (90% interval, 5 seeds)"
     assert "steps (90% interval, 2 blocks)" in str(difference([1, 2], unit="steps", over="blocks"))
-    assert str(difference([0.5])) == "+0.500 [no interval] nats (90% interval, 1 seeds)"
+    assert str(difference([0.5])) == "+0.500 [no interval] nats (90% interval, 1 seed)"
 
 
 def test_plus_minus_is_half_of_the_interval():
