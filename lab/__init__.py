@@ -85,13 +85,12 @@ class Lab:
         self.rates = sorted(float(f"{rate:.6g}") for rate in numbers("lrs", rates))
         self.lr = self.rates[len(self.rates) // 2]
         self.config = model.scale_config(self.values, lr=self.lr)
-        for rate in self.rates:
-            model.scale_config(self.values, lr=rate)  # refuses values out of range
         model.open_corpus(self.config.corpus)  # and a missing corpus
         self.k = self.values["k"]
         self.spacing = self.values["spacing"]
         self.wide = max(self.values["wide"], self.spacing)
         self.seeds = numbers("seeds", self.values["seeds"], int)
+        self.configs()  # refuses values out of range
         for spacing in (self.spacing, self.wide):
             lawa_core.lawa(self.k, spacing)  # refuses a window that is none
             if spacing % self.config.ckpt_interval:
