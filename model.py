@@ -164,7 +164,8 @@ class Config:
     averages: str = option("", 'kept while training: "ema(0.99); swa(start=500); lawa(5, 20)"', (
         "lawa, ema or swa, no two the same", lambda value, c: c.keeps_distinct_averages()))
     averages_interval: int = option(0, "steps between their files; 0: with every checkpoint", (
-        "a multiple of ckpt_interval", lambda value, c: value % c.ckpt_interval == 0))
+        "a multiple of ckpt_interval = {ckpt_interval}",
+        lambda value, c: value >= 0 and value % max(c.ckpt_interval, 1) == 0))
     burst_at: int = option(0, "step at which a burst of too high a rate begins, for a loss spike")
     burst_iters: int = option(0, "its length in steps; 0: no burst", AT_LEAST_0)
     burst_factor: float = option(1.0, "the rate is multiplied by this meanwhile", ABOVE_0)
@@ -1081,7 +1082,6 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
                     path = Path(run) / scheme_dir(text) / checkpoint_name(step)
                     yield step, own, dict(lawa_core.open_checkpoint(path))
 
-    # a CPU evaluates small models side by side: one does not keep several cores busy
     threads = torch.get_num_threads()
     small = model is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
     jobs = min(threads, 8) if small else 1

@@ -149,9 +149,8 @@ folder_of() {
     return
   fi
   python3 - "$1" "${options[@]}" <<'PY'
-import ast, json, sys
-from types import SimpleNamespace
-from lab import Lab
+import sys
+from lab import results_name
 
 def value(text):  # as papermill reads it
     for kind in (int, float):
@@ -162,13 +161,7 @@ def value(text):  # as papermill reads it
     return {"True": True, "False": False, "None": None}.get(text, text)
 
 name, *words = sys.argv[1:]
-given = dict(zip(words[1::3], map(value, words[2::3])))
-for cell in json.load(open(f"notebooks/{name}.ipynb", encoding="utf-8"))["cells"]:
-    if "parameters" in cell["metadata"].get("tags", ()):
-        tree = ast.parse("".join(cell["source"]))
-names = [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
-given = {key: given[key] for key in names if key in given}
-print(name + Lab._changes(SimpleNamespace(name=name, given=given)))
+print(results_name(name, dict(zip(words[1::3], map(value, words[2::3])))))
 PY
 }
 

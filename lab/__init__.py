@@ -27,7 +27,7 @@ from lawa_core import LawaError
 
 __all__ = [
     "DASHES", "MARKERS", "SHARES", "Lab", "band", "chosen_elsewhere", "compare", "difference",
-    "errorbars", "grid", "least_clear", "nearest", "numbers", "pm"]
+    "errorbars", "grid", "least_clear", "nearest", "numbers", "pm", "results_name"]
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.77)  # of a run, where claims are judged; the end apart
 BRANCHES = (0.5, 0.75)  # where runs of other notebooks branch off, so that states are kept
@@ -99,7 +99,8 @@ class Lab:
         self.at = {share: self.step(share) for share in SHARES}
         self.end = self.step(1)
         default = model.ROOT / "results" / f"scale-{self.scale}"
-        self.folder = Path(self.values.get("out") or default) / f"{name}{self._changes()}"
+        self.folder = Path(self.values.get("out") or default) / results_name(name, self.given)
+        self.trained = 0  # runs
         self.figures = []
         self.claims = []
         plt.rcParams.update(STYLE)
@@ -110,26 +111,6 @@ class Lab:
         if shown.is_relative_to(model.ROOT):
             shown = shown.relative_to(model.ROOT)
         print(f"scale {self.scale}: {what}\nresults: {shown}")
-
-    def _changes(self) -> str:
-        """What tells this notebook's results from those of its committed parameters: "-lr=6e-4"."""
-        import model
-        path = model.ROOT / "notebooks" / f"{self.name}.ipynb"
-        if not path.exists():
-            return ""
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if "parameters" in cell["metadata"].get("tags", ()):
-                tree = ast.parse("".join(cell["source"]))
-        committed = {node.target.id: ast.literal_eval(node.value)
-                     for node in tree.body if isinstance(node, ast.AnnAssign)}
-        words = ""
-        for key, value in self.given.items():
-            same = key in ("scale", "out", "disk_budget", "force") or value == committed.get(key)
-            if not same:
-                words += re.sub(r"[^\w.=,+-]", "_", f"-{key}={value}")
-        if len(words) > 100:  # a file system's names have 255 bytes
-            words = f"{words[:80]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
-        return words
 
     def step(self, share: float, config=None) -> int:
         """The checkpoint, one with all averages' files, nearest to a share of a run."""
@@ -195,6 +176,7 @@ class Lab:
                 told = [f"not enough {what}: {words}" for what, words in cost.lacking.items()]
                 raise LawaError("; ".join(told) + "; or go on all the same with -p force True")
         folders = train_all(configs, state_at=states, **more)
+        self.trained += len(missing)
         if missing and _clear_progress():
             print(cost)
         return folders
@@ -271,21 +253,51 @@ class Lab:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        command = ["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb"]
-        for key, value in self.given.items():
-            if value is not None and key != "out":
-                command += ["-p", key, str(value)]
+        command = ["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb", "-p", "scale",
+                   self.scale]
+        for key, value in changed_parameters(self.name, self.given).items():
+            command += ["-p", key, str(value)]
         record = {
             "notebook": self.name, "title": self.name.replace("_", " "), "question": self.question,
             "scale": self.scale,
             "params": {key: value for key, value in self.values.items() if key != "out"},
             "command": shlex.join(command),
-            "seconds": round(time.monotonic() - self.begun, 1),
+            "seconds": round(time.monotonic() - self.begun, 1), "runs_trained": self.trained,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
             "rows": "rows.csv", "figures": self.figures, "claims": self.claims}
         with lawa_core.replacing(self.folder / "record.json") as part:
             part.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def changed_parameters(name: str, given: dict) -> dict:
+    """What of a notebook's given parameters, scale and out apart, is not as it is committed."""
+    import model
+    path = model.ROOT / "notebooks" / f"{name}.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    committed = {}
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            for node in ast.parse("".join(cell["source"])).body:
+                committed[node.target.id] = ast.literal_eval(node.value)
+    return {key: value for key, value in sorted(given.items())
+            if key not in ("scale", "out") and value != committed.get(key)}
+
+
+def results_name(name: str, given: dict) -> str:
+    """The folder of a notebook's results: its name and what is not as committed, "x-lr=6e-4".
+
+    How much disk a run may take changes no result.
+    """
+    import model
+    words = name
+    known = (model.ROOT / "notebooks" / f"{name}.ipynb").exists()
+    for key, value in changed_parameters(name, given).items():
+        if known and key not in ("disk_budget", "force"):
+            words += re.sub(r"[^\w.=,+-]", "_", f"-{key}={value}")
+    if len(words) > 120:  # a file system's names have 255 bytes
+        words = f"{words[:100]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return words
 
 
 def _clear_progress() -> bool:

@@ -560,8 +560,11 @@ def made(root: Path = ROOT) -> dict[str, str]:
             claim = primary[key]
             words.append(f"*{claim.claim}*: **{claim.badge[1]}**: {claim.here} ({claim.at}; "
                          f"{claim.sample}). Published: {claim.published} {claim.source}.")
-    words.append(f"Scale `{record.get('scale')}`, made by `{record.get('command')}` in "
-                 f"{duration([record])} on {record.get('machine')}.")
+    spent = ", its runs found trained,"
+    if record.get("runs_trained"):
+        spent = f" in {duration([record])}"
+    words.append(f"Scale `{record.get('scale')}`, made by `{record.get('command')}`{spent} on "
+                 f"{record.get('machine')}.")
     figure = "![Gain of LAWA over training steps](docs/gain_over_steps.png)"
     found["headline"] = f"{figure}\n\n{' '.join(words)}"
     rows = [(f"{words}: *{primary[key].claim}*" if key in primary else words, primary.get(key))
@@ -578,7 +581,9 @@ def made(root: Path = ROOT) -> dict[str, str]:
         if inside:
             rows = [(claim.claim, claim) for claim in inside]
             parts.append(f"## {GROUPS[group]}\n\n{table(rows)}")
-    parts.append(f"Scale {distinct(records, 'scale')}; {duration(records)} of notebooks in all.")
+    parts.append(f"Scale {distinct(records, 'scale')}; {duration(records)} of notebooks in all, "
+                 f"which trained {sum(record.get('runs_trained', 0) for record in records)} runs "
+                 "and found the others trained.")
     found["all claims"] = "\n\n".join(parts)
     return found
 

@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import nbformat
 import pytest
 from papermill.cli import _resolve_type
 
-from lab import Lab
+from lab import results_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_ALL = (ROOT / "run_all.sh").read_text()
@@ -309,12 +308,10 @@ def test_run_all_names_folders_as_lab_does(tmp_path, given):
     tree = ast.parse(source)
     names = [node.target.id for node in tree.body]
     committed = {node.target.id: ast.literal_eval(node.value) for node in tree.body}
-    lab = types.SimpleNamespace(
-        name="lr_sweep", given={name: (committed | values)[name] for name in names}
-    )
+    whole = {name: (committed | values)[name] for name in names}
     words = " ".join(f"-p {key} {shlex.quote(text)}" for key, text in given.items())
     printed = shell(ROOT, "folder_of", f"options=({words})", "folder_of lr_sweep")
-    assert printed.strip() == "lr_sweep" + Lab._changes(lab)
+    assert printed.strip() == results_name("lr_sweep", whole)
 
 
 def test_the_order_and_what_figure_is(tmp_path):
