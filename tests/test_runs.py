@@ -245,15 +245,16 @@ def test_events_for_tensorboard_where_it_is_installed(config, monkeypatch, tmp_p
     """Loss, rate and gradient norm of every step, and the same run as without."""
     boards = []
 
-    class Writer(list):
+    class Writer:
         """Stands for torch's SummaryWriter."""
 
         def __init__(self, folder, purge_step):
             self.folder, self.first, self.closed = folder, purge_step, False
+            self.rows = []
             boards.append(self)
 
         def add_scalar(self, tag, value, step):
-            self.append((tag, value, step))
+            self.rows.append((tag, value, step))
 
         def close(self):
             self.closed = True
@@ -266,9 +267,9 @@ def test_events_for_tensorboard_where_it_is_installed(config, monkeypatch, tmp_p
     assert_same_run(folder, alone)
     (board,) = boards
     assert board.closed and board.first == 1 and board.folder == folder / "tb"
-    rates = [(step, value) for tag, value, step in board if tag == "rate"]
+    rates = [(step, value) for tag, value, step in board.rows if tag == "rate"]
     assert rates == [(step + 1, model.learning_rate(config, step)) for step in range(12)]
-    assert {tag for tag, _, _ in board} == {"loss", "rate", "gradient norm"}
+    assert {tag for tag, _, _ in board.rows} == {"loss", "rate", "gradient norm"}
 
 
 def test_tensorboard_reads_what_is_written(config, tmp_path):
