@@ -87,37 +87,6 @@ def over_points(values, length: int, *, margin: float = MARGIN, unit: str = "nat
     return Difference(mean, float(low), float(high), min(float(p), 1.0), n, "points", margin, unit)
 
 
-def steps_saved(steps, loss, averaged) -> tuple[np.ndarray, np.ndarray]:
-    """How much later the run has each average's loss, and where that is only a lower bound.
-
-    The run's running minimum is read between points along a straight line. The same for the run
-    against itself is taken off, so that a run saves nothing over itself. Where the run never has
-    the loss within the points, what is left of them counts, a lower bound.
-    steps, loss, averaged: (points,) each. Returns ((points,) steps, (points,) bool).
-    """
-    lowest = np.minimum.accumulate(loss)
-
-    def later(level: float, i: int) -> tuple[float, bool]:
-        """Steps from point i until the running minimum has the level, and whether it has."""
-        there = np.flatnonzero(lowest <= level)
-        if not len(there):
-            return steps[-1] - steps[i], False
-        j = there[0]
-        if j == 0:
-            return steps[j] - steps[i], True
-        share = (lowest[j - 1] - level) / (lowest[j - 1] - lowest[j])
-        return steps[j - 1] + share * (steps[j] - steps[j - 1]) - steps[i], True
-
-    saved = np.zeros(len(steps))
-    bound = np.zeros(len(steps), bool)
-    for i in range(len(steps)):
-        ours, reached = later(min(averaged[: i + 1]), i)
-        itself, _ = later(lowest[i], i)
-        saved[i] = ours - itself
-        bound[i] = not reached
-    return saved, bound
-
-
 def _check_tokens(corpus: Corpus, config: GPTConfig, tokenizer: Path) -> None:
     """Refuse text in other tokens than the model's: its losses would look like losses."""
     expected = corpus.meta.get("tokenizer_sha256")

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
+from lab.statistics import LEVEL, holm
 from lawa_core import LawaError, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,7 +240,6 @@ def claims_of(records: dict[str, dict]) -> list[Claim]:
             elif claim.primary:
                 primary[claim.primary] = claim
     if primary:
-        from lab.statistics import LEVEL, holm
         ps = [primary[key].p if key in primary else 1.0 for key in PRIMARY]
         for key, adjusted in zip(PRIMARY, holm(ps), strict=True):
             claim = primary.get(key)

@@ -164,6 +164,37 @@ def chosen_elsewhere(values) -> list[int]:
     return chosen
 
 
+def steps_later(steps, loss, averaged) -> tuple[np.ndarray, np.ndarray]:
+    """How many steps after each point the run first has an average's loss, both at their best so
+    far, and where that is only a lower bound.
+
+    The run is read between points along a straight line. Where it never has the loss within the
+    points, what is left of them counts.
+    steps, loss, averaged: (points,) each, of one seed. Returns ((points,) steps, (points,) bool).
+    """
+    lowest = np.minimum.accumulate(loss)
+    later = np.zeros(len(steps))
+    bound = np.zeros(len(steps), bool)
+    for i, level in enumerate(np.minimum.accumulate(averaged)):
+        there = np.flatnonzero(lowest <= level)
+        reached = steps[-1]
+        if len(there):
+            j = there[0]
+            reached = steps[j]
+            if j > 0:
+                share = (lowest[j - 1] - level) / (lowest[j - 1] - lowest[j])
+                reached = steps[j - 1] + share * (steps[j] - steps[j - 1])
+        later[i], bound[i] = reached - steps[i], not len(there)
+    return later, bound
+
+
+def steps_saved(steps, loss, averaged) -> tuple[np.ndarray, np.ndarray]:
+    """`steps_later` less the same for the run against itself, so that a run saves nothing over
+    itself; and where that is only a lower bound."""
+    later, bound = steps_later(steps, loss, averaged)
+    return later - steps_later(steps, loss, loss)[0], bound
+
+
 def holm(ps) -> list[float]:
     """The p-values of tests judged together, each adjusted by Holm's method."""
     ps = np.asarray(ps, float)

@@ -18,7 +18,7 @@ from hub_stand_in import Fault, Hub
 
 import lawa_core
 import model
-from lab import hub as lab_hub, replay
+from lab import hub as lab_hub, replay, statistics
 from lab.hf import load_hf, load_state, save_hf, write_hf
 from lawa_core import LawaError, average, ema, lawa, newest, open_checkpoint, save
 from model import GPT, NEOX, PRESETS, ROOT, GPTConfig, gpt_config
@@ -844,12 +844,12 @@ def test_the_bootstrap_over_points_covers_the_mean_of_overlapping_windows():
 def test_steps_saved_are_none_for_the_run_itself_and_bounded_at_its_end():
     steps = np.arange(10, 110, 10)
     loss = 5 - steps / 100 + np.where(steps % 20 == 0, 0.15, 0)  # every other point is noisy
-    saved, bound = replay.steps_saved(steps, loss, loss)
+    saved, bound = statistics.steps_saved(steps, loss, loss)
     assert (saved == 0).all() and not bound.any()
-    saved, bound = replay.steps_saved(steps, 5 - steps / 100, 5 - (steps + 25) / 100)
+    saved, bound = statistics.steps_saved(steps, 5 - steps / 100, 5 - (steps + 25) / 100)
     assert saved[:7] == pytest.approx(25) and not bound[:7].any()
     assert saved[7:] == pytest.approx([20, 10, 0]) and bound[7:].all()
-    worse, _ = replay.steps_saved(steps, 5 - steps / 100, 5 - (steps - 5) / 100)
+    worse, _ = statistics.steps_saved(steps, 5 - steps / 100, 5 - (steps - 5) / 100)
     assert worse[1:] == pytest.approx(-5)
 
 
