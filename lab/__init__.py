@@ -57,7 +57,7 @@ class Lab:
 
     Args: name: the notebook's; question: one line; namespace: the notebook's globals() right after
     the parameters cell: annotated names are parameters, None takes the scale's value, a text such
-    as "0,1,2" is a list of numbers.
+    as "0,1,2" is a list of numbers; n_seeds: take only so many of the scale's seeds.
     Attributes: values {parameter: value}; config (of `model.Config`, at the rate `lr`); rates, from
     the usual one to the high one, and lr, the one between; seeds; k, spacing and wide, the windows;
     at {share of the run: step} and end, where claims are judged; folder, of the results.
@@ -65,7 +65,7 @@ class Lab:
     before anything is trained.
     """
 
-    def __init__(self, name: str, question: str, namespace: dict):
+    def __init__(self, name: str, question: str, namespace: dict, n_seeds: int | None = None):
         import matplotlib.pyplot as plt
 
         import model
@@ -75,6 +75,8 @@ class Lab:
         self.given = _parameters(namespace)
         self.scale = self.given["scale"]
         self.values = model.scale_values(self.scale)
+        own_seeds = numbers("seeds", self.values["seeds"], int)[:n_seeds]
+        self.values["seeds"] = ",".join(map(str, own_seeds))
         for key, value in self.given.items():
             if value is not None:
                 self.values[key] = value
