@@ -18,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
@@ -31,7 +32,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
@@ -184,24 +187,42 @@ class swa(Scheme):
 class ema(Scheme):
     """Exponential moving average e <- beta e + (1 - beta) w, begun at the first w.
 
-    Updated every `every` steps since `start`; None: at every checkpoint.
+    Updated every `every` steps since `start`; None: at every checkpoint. half_life instead of beta:
+    the steps in which what is remembered halves, or a share of the steps so far, as "5%".
     """
-    beta: float
+    beta: float | None = None
     every: int | None = None
     start: int = 0
+    half_life: float | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.beta < 1:
+        if (self.beta is None) == (self.half_life is None):
+            raise LawaError(f"ema takes either beta or half_life, got {self.beta} and "
+                            f"{self.half_life}")
+        if self.beta is not None and not 0 <= self.beta < 1:
             raise LawaError(f"beta must be in [0, 1), got {self.beta!r}")
+        if self.beta is None and not 0 < self.half(100) < math.inf:
+            raise LawaError(f"half_life must be above 0, such as 500 (steps) or 5% (of the steps "
+                            f"so far), got {self.half_life!r}")
+
+    def half(self, at: int) -> float:
+        """The half-life in steps of the average at step `at`."""
+        words = str(self.half_life)
+        with contextlib.suppress(ValueError):
+            return float(words.removesuffix("%")) * (at / 100 if words.endswith("%") else 1)
+        return math.nan
 
     def __call__(self, steps, at):
         window = latest(steps, at, self.start, self.every, self.start)
-        weights = {}
-        for age, step in enumerate(reversed(window)):
-            share = 1.0 if step == window[0] else 1 - self.beta
-            weights[step] = share * self.beta ** age
-        return weights or {at: 1.0}
+        weights, rest = {}, 1.0  # rest: what the steps before have of the sum
+        for before, step in reversed(list(pairwise(window))):
+            keep = self.beta
+            if keep is None:
+                keep = 0.5 ** ((step - before) / self.half(at))
+            weights[step] = rest * (1 - keep)
+            rest *= keep
+        return weights | {window[0]: rest} if window else {at: 1.0}
 
 
 SHAPES = {  # share of the learning rate that is left, over the share of the decay that is done
@@ -260,13 +281,26 @@ class explicit(Scheme):
         return {step: w / total for step, w in zip(window, self.weights, strict=True)}
 
 
+@dataclass(frozen=True)
+class blend(Scheme):
+    """A share of an average, the rest the newest checkpoint."""
+    share: float
+    average: Callable
+
+    def __call__(self, steps, at):
+        weights = {step: self.share * weight for step, weight in self.average(steps, at).items()}
+        weights[at] = weights.get(at, 0) + 1 - self.share
+        return weights
+
+
 SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay, explicit)}
 
 
 def parse_scheme(text: str):
     """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, not run."""
     try:
-        call = ast.parse(text.strip(), mode="eval").body
+        shares = re.sub(r"(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # 5% is no Python
+        call = ast.parse(shares, mode="eval").body
         if not isinstance(call, ast.Call):
             return SCHEMES[call.id]()
         args = [ast.literal_eval(arg) for arg in call.args]
@@ -276,8 +310,9 @@ def parse_scheme(text: str):
         raise LawaError(f"scheme {text!r}: {error}") from None
     except (SyntaxError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise LawaError(f"scheme {text!r} not understood ({error}); expected one like lawa(k=5, "
-                        "spacing=100), swa(start=0, every=10), ema(beta=0.99), decay(window=1000, "
-                        "shape='1-sqrt'), explicit([0.2, 0.8]), newest") from None
+                        "spacing=100), swa(start=0, every=10), ema(beta=0.99), ema(half_life=5%), "
+                        "decay(window=1000, shape='1-sqrt'), explicit([0.2, 0.8]), newest"
+                        ) from None
 
 
 def scheme_dir(text: str) -> str:
@@ -361,15 +396,37 @@ DTYPES = {
 }
 CODES = {f"torch.{name}": code for code, (_, name) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")  # averaged; all others are copied from the newest checkpoint
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-SINGLES = ("model.safetensors", "pytorch_model.bin")  # the weights of a Hugging Face folder
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-COPIED = ("config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt",
-          "special_tokens_map.json", "added_tokens.json", "chat_template*")  # beside the weights
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last as in .pth.tar
+FOREIGN = {  # what is not read: how to make of it what is
+    ".gguf": "it is quantised: average the checkpoints it was made from",
+    ".npz": "save its arrays with safetensors.numpy.save_file",
+    ".npy": "save its arrays with safetensors.numpy.save_file",
+    ".h5": "load it with from_pretrained(..., from_tf=True) of transformers 4 and save that",
+    ".msgpack": "load it with from_pretrained(..., from_flax=True) of transformers 4 and save that",
+    ".onnx": "average the checkpoints it was exported from",
+    ".nemo": "unpack it with tar; the weights are inside",
+    "optim_states.pt": "it is DeepSpeed's optimizer; its zero_to_fp32.py makes a model of all",
+    ".distcp": "give the folder that it lies in",
+    ".index.json": "give the folder that it lies in",
+}
+# The weights of a Hugging Face folder, in the order in which transformers looks for them.
+WEIGHTS = tuple(f"{stem}{end}" for stem, ends in {
+    "model": (".safetensors", ".safetensors.index.json"),
+    "pytorch_model": (".bin", ".bin.index.json"),
+    "adapter_model": (".safetensors", ".bin"),
+    "diffusion_pytorch_model": (".safetensors", ".safetensors.index.json", ".bin"),
+}.items() for end in ends)
+COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe", "vocab*",
+          "merges*")  # beside the weights
 NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
+NOT_WEIGHTS = re.compile(  # names of files, folders and groups of tensors
+    r"(?<!model_)(?<!model_and_)optim|sched|scaler|(?<!optim_)rng|training_args|trainer|resume|"
+    r"dataloader|^(train(_state)?|other)(\.pt)?$|^state_\d+\.pt$|\.index\.json$|^\.", re.IGNORECASE)
 WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
-# Causal masks, their fill value and rotary frequencies: some of a model's revisions have them.
-BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
+# One file of a model that was split over several.
+PART = re.compile(r"(?<![a-z])(?:rank|tp|pp|shard|part|consolidated)[-_.]?(\d+)|"
+                  r"(\d+)-of-(?!0*1\b)\d+", re.IGNORECASE)
+SCALES = re.compile(r"(scales?|scale_inv|SCB|absmax)$")  # of quantised weights
 STAMP = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of os.stat: changes when its file does
 
 
@@ -398,13 +455,18 @@ class Stored:
 class Checkpoint(UserDict):
     """A lazy mapping name -> torch.Tensor (a fresh CPU copy at every look-up), opened by header.
 
-    data: {name: Stored}; metadata: the header's strings; nbytes: tied tensors count once.
+    data: {name: Stored}; metadata: the header's strings; nbytes: tied tensors count once; left_out:
+    what else the file holds, in words; around: of a torch file, what `put_back` needs.
     """
 
     def __init__(self, path, stored: Mapping[str, Stored], metadata: Mapping | None = None):
         self.path, self.data, self.metadata = Path(path), dict(stored), dict(metadata or {})
+        self.left_out, self.around = [], ({}, (), {})
         if not stored:
             raise LawaError(f"{path} holds no tensors; expected a model's weights")
+        if "__metadata__" in stored:
+            raise LawaError(f"{path}: a tensor is called __metadata__, a name that safetensors "
+                            "keeps for itself; rename it")
         self.dtypes = {name: one.dtype for name, one in stored.items()}
         self.shapes = {name: one.shape for name, one in stored.items()}
         self.nbytes = sum(one.nbytes for one in set(stored.values()))
@@ -444,59 +506,121 @@ class Checkpoint(UserDict):
 def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     """Open .safetensors, .pt/.pth/.bin/.ckpt, or a Hugging Face or torch distributed folder.
 
-    key: where a nested .pt or distributed checkpoint holds its weights; default `model`,
-    `state_dict`, `model_state_dict`, `module`, or at the top. Wrappers' prefixes `_orig_mod.` and
-    `module.` in front of all names are stripped. Reads the header; only tensors are unpickled.
-    Errors: LawaError for a missing, truncated, corrupt or unsafe file, naming it.
+    key: where a nested .pt or distributed checkpoint holds its weights, as "a.b", or "." for all
+    that it holds; default: see `weights_under`. Wrappers' prefixes `_orig_mod.` and `module.` in
+    front of all names are stripped. Reads the header; only tensors are unpickled.
+    Errors: LawaError for a missing, truncated, corrupt or unsafe file, naming it, and for a part of
+    a split model, placeholders of a sharded one, and quantised weights.
     """
     path = Path(path)
     if not path.exists():
         raise LawaError(f"no such checkpoint: {path}")
+    whole_model(path)
     if (path / ".metadata").exists():
         found = open_distributed(path, key)
     elif path.is_dir():
         found = open_hf(path, key)
     else:
-        found = open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path, key)
+        found = open_file(path, key)
     bare = [WRAPPERS.sub("", name) for name in found]
     twice = [name for name, count in Counter(bare).items() if count > 1]
     if twice:
         raise LawaError(f"{path} holds {twice[0]} with and without a wrapper's prefix; keep one")
     if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
-        stored = dict(zip(bare, found.data.values(), strict=True))
-        return Checkpoint(path, stored, found.metadata)
+        wrapped = found
+        found = Checkpoint(path, dict(zip(bare, found.data.values(), strict=True)), found.metadata)
+        found.left_out, found.around = wrapped.left_out, wrapped.around
+    scaled = {name.rpartition(".")[0] for name in found if SCALES.search(name)}
+    for name, stored in found.data.items():
+        if stored.shape == (0,):
+            raise LawaError(f"{path}: {name} has shape [0], a placeholder of sharded training; put "
+                            "the model together first (DeepSpeed: zero_to_fp32.py; FSDP: save the "
+                            "full state dict)")
+        integer = stored.dtype in ("I8", "U8", "I32") and len(stored.shape) > 1
+        if integer and name.rpartition(".")[0] in scaled:
+            raise LawaError(f"{path}: {name} is quantised ({stored.dtype} with scales beside it), "
+                            "which cannot be averaged; average the checkpoints it was made from")
     return found
 
 
+def whole_model(path: Path) -> None:
+    """Refuse a file or folder that is one of the parts of a split model."""
+    found = PART.search(path.name)
+    if not found and PART.search(path.parent.name):  # mp_rank_00/model_optim_rng.pt
+        path, found = path.parent, PART.search(path.parent.name)
+    if found and found[2] and path.is_file():
+        raise LawaError(f"{path} is one of several parts of a model; give the folder they are in")
+    if found and found[1]:
+        before, after = path.name[:found.start(1)], path.name[found.end(1):]
+        for other in path.absolute().parent.iterdir():
+            rank = other.name.removeprefix(before).removesuffix(after)
+            if rank.isdigit() and other.name == before + rank + after != path.name:
+                raise LawaError(f"{path} is one rank's part of a model that was split, {other.name}"
+                                " is another; put them together first with what trained it (for "
+                                "DeepSpeed its zero_to_fp32.py)")
+
+
+def open_file(path: Path, key: str | None) -> Checkpoint:
+    """A file by its name's ending."""
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    for end, advice in FOREIGN.items():
+        if path.name.lower().endswith(end):
+            raise LawaError(f"{path}: {end} is not read; {advice}")
+    if path.suffix not in SUFFIXES:
+        raise LawaError(f"{path}: unknown kind of file; expected a name that ends in one of "
+                        f"{', '.join(SUFFIXES)}")
+    return open_torch(path, key)
+
+
 def open_hf(path: Path, key: str | None) -> Checkpoint:
-    """A Hugging Face folder: several files with an index, or one."""
-    index = next((path / name for name in INDEXES if (path / name).exists()), None)
-    files, places = [name for name in SINGLES if (path / name).exists()][:1], {}
-    if index:
-        with explained(f"{index}: corrupt index"):
-            places = dict(json.loads(index.read_text())["weight_map"].items())
-            files = sorted(set(places.values()))
-            lost = [name for name in files
-                    if Path(name).name != name or not (path / name).is_file()]
-        if lost:
-            raise LawaError(f"{path}: missing shard {', '.join(lost)}, named in {index.name}; "
-                            "fetch it again")
-    if not files:
-        raise LawaError(f"{path} is no checkpoint: expected one of "
-                        f"{', '.join((*SINGLES, *INDEXES, '.metadata'))} in it")
+    """A Hugging Face folder: of its weights those that transformers would load."""
+    there = [name for name in WEIGHTS if (path / name).is_file()]
+    if not there:
+        raise LawaError(f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
+                        ".metadata in it")
+    problem = ""
+    for name in there:
+        index, places, files = path / name, {}, [name]
+        if name.endswith(".index.json"):
+            with explained(f"{index}: corrupt index"):
+                places = dict(json.loads(index.read_text())["weight_map"].items())
+                files = sorted(set(places.values()))
+                lost = [file for file in files
+                        if Path(file).name != file or not (path / file).is_file()]
+            if lost:  # then a whole single file counts, if there is one
+                problem = problem or (f"{path}: missing shard {', '.join(lost)}, named in {name}; "
+                                      "fetch it again")
+                continue
+        break
+    else:
+        raise LawaError(problem)
     stored, metadata, found = {}, {}, {}
     for file in files:
-        part = open_checkpoint(path / file, key)
+        part = open_file(path / file, key)
         found |= dict.fromkeys(part, file)
         stored |= part.data
         metadata |= part.metadata
-    if index and found != places:
+    if places and found != places:
         stale = next(name for name in (*places, *found) if places.get(name) != found.get(name))
         raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
-    for name in [name for name in stored if BUFFERS.search(name)]:
-        if len(stored[name].shape) != 1 or "inv_freq" in name:  # a learned bias has one axis
-            del stored[name]
-    return Checkpoint(path, stored, metadata)
+    whole = Checkpoint(path, {name: s for name, s in stored.items() if not is_buffer(name, s)},
+                       metadata)
+    whole.left_out = [f"{name} (a buffer)" for name in stored if name not in whole]
+    return whole
+
+
+def is_buffer(name: str, stored: Stored) -> bool:
+    """Is it a causal mask, its fill value or rotary frequencies, which some revisions have?"""
+    end = name.rpartition(".")[2]
+    if end == "inv_freq" or (end == "masked_bias" and stored.numel == 1):
+        return True
+    if end != "bias" or len(stored.shape) < 2 or stored.numel != stored.shape[-1] ** 2:
+        return False
+    if stored.dtype in ("BOOL", "U8"):
+        return True
+    values = widen(stored.read(0, stored.nbytes), stored.dtype).reshape(stored.shape[-2:])
+    return stored.dtype in FLOATS and np.array_equal(values, np.tri(len(values)))
 
 
 def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> np.ndarray:
@@ -536,7 +660,9 @@ def open_safetensors(path: Path) -> Checkpoint:
             if base + stop > size:
                 raise LawaError(f"{path} is truncated: its header promises {base + stop} bytes, "
                                 f"there are {size}; copy it again")
-        ties = json.loads(metadata.get("ties", "{}"))
+        # ours, and those of safetensors.torch.save_model, {name left out: name kept}
+        ties = {name: kept for name, kept in metadata.items() if "." in name}
+        ties |= json.loads(metadata.get("ties", "{}"))
         stored |= {name: stored[kept] for name, kept in ties.items() if kept in stored} | stored
     return Checkpoint(path, stored, metadata)
 
@@ -546,7 +672,8 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     import torch
     try:
         mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
-        blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a trainer's arguments
+            blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
@@ -555,16 +682,99 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         reason = (str(error) or "empty").splitlines()[0]
         if "weights_only" in reason:  # torch goes on to advise what would run the file's code
             reason = "no file of tensors"
-        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); copy it again") from None
-    if not isinstance(blob, Mapping) or (key and not isinstance(blob.get(key), Mapping)):
-        held = ", ".join(map(str, blob)) if isinstance(blob, Mapping) else type(blob).__name__
-        under = f" under {key!r}" if key else ""
-        raise LawaError(f"{path} holds {held[:200]}; expected a state dict{under}")
-    key = key or next((name for name in NESTED if isinstance(blob.get(name), Mapping)), None)
-    found = from_memory(blob[key] if key else blob, path)
+        with open(path, "rb") as file:
+            begins = file.read(4)
+        advice = "expected what torch.save writes"
+        if begins == b"GGUF":
+            advice = FOREIGN[".gguf"]
+        if not begins or begins.startswith((b"PK", b"\x80")):  # as torch.save's files begin
+            advice = "copy it again"
+        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); {advice}") from None
+    if not isinstance(blob, Mapping):
+        raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
+    with explained(f"{path}: not understood"):
+        tree = dict(leaves(blob, path))
+        paths = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
+        prefix = weights_under(paths, key, path)
+    inside = {place[len(prefix):]: value for place, value in tree.items()
+              if place[:len(prefix)] == prefix and len(place) > len(prefix)}
+    if not prefix and key != ".":  # beside flat weights: an optimizer's state
+        inside = {place: value for place, value in inside.items() if len(place) == 1}
+    weights = {".".join(place): value for place, value in inside.items()
+               if isinstance(value, torch.Tensor)}
+    found = from_memory(weights, path)
+    kept = {name: value for name, value in blob.items() if not NOT_WEIGHTS.search(str(name))
+            and not any(place[0] == str(name) for place in paths if len(place) > 1)}
+    extra = {".".join(place): value for place, value in inside.items()
+             if not isinstance(value, torch.Tensor)}
+    found.around = ({name: v for name, v in kept.items() if prefix or str(name) not in weights},
+                    ("state_dict",) if prefix == ("current_model_state",) else prefix,
+                    extra if prefix else {})
+    found.left_out = left_out(paths, prefix) + [f"{name} (no tensor)" for name in extra if prefix
+                                                or name.endswith("_extra_state")]
     if sidecar(path).exists():
         found.metadata["lawa"] = sidecar(path).read_text()
     return found
+
+
+def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
+    import torch
+    for name, count in Counter(map(str, tree)).items():
+        if count > 1:
+            raise LawaError(f"{origin} holds two entries called {name}; rename one")
+    for name, value in tree.items():
+        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from leaves(value, origin, (*above, str(name)))
+        else:
+            yield (*above, str(name)), value
+
+
+def weights_under(tensors, key: str | None, origin) -> tuple[str, ...]:
+    """Under which keys the weights are, given those of all tensors; () for the top.
+
+    key as for `open_checkpoint`. Without: where Lightning's WeightAveraging keeps them beside their
+    average, under one of NESTED, or at the top, if nothing is beside them but optimizers.
+    """
+    groups = Counter(place[0] for place in tensors if len(place) > 1)
+    held = ", ".join(f"{name} ({n} tensors)" for name, n in groups.items())
+    flat = [place[0] for place in tensors if len(place) == 1]
+    held = ", ".join([held] * bool(held) + flat[:6])[:300] or "no tensors"
+    if key:
+        for prefix in ((), (key,), tuple(key.split("."))):
+            inside = [p for p in tensors if p[:len(prefix)] == prefix and len(p) > len(prefix)]
+            if inside and bool(prefix) == (key != "."):
+                return prefix
+        raise LawaError(f"{origin} holds {held}; expected a state dict under {key!r}")
+    known = [name for name in ("current_model_state", *NESTED) if name in groups]
+    others = [name for name in groups if not NOT_WEIGHTS.search(name)]
+    if known and (len(known) == 1 or known[0] not in NESTED):
+        return (known[0],)
+    if known or others:
+        offer = [(name,) for name in known or others]
+        offer += [place[:2] for place in tensors if len(place) > 2 and place[1] in NESTED]
+        raise LawaError(f"{origin} holds {held}; which are the weights? Say it with --key "
+                        f"{'.'.join(offer[-1])} (or --key . for all together)")
+    return ()
+
+
+def left_out(tensors, prefix: tuple[str, ...]) -> list[str]:
+    """In words, the tensors that are not under `prefix`, or of flat weights, those that are."""
+    outside = [place for place in tensors if place[:len(prefix)] != prefix
+               or (not prefix and len(place) > 1)]
+    counts = Counter(place[0] for place in outside)
+    return [f"{name} ({count} tensor{'s' * (count > 1)})" for name, count in counts.items()]
+
+
+def put_back(state: dict, around: tuple) -> dict:
+    """An averaged state dict as the torch file it was read from kept it: among its other keys."""
+    rest, prefix, extra = around
+    state = state | extra
+    for name in reversed(prefix):
+        state = {name: state}
+    return rest | state
 
 
 def from_memory(tensors: Mapping, origin) -> Checkpoint:
@@ -576,6 +786,11 @@ def from_memory(tensors: Mapping, origin) -> Checkpoint:
     kept = {name: torch.as_tensor(value).detach() for name, value in tensors.items()
             if isinstance(value, (torch.Tensor, np.ndarray))}
     stored = {}
+    for name, value in kept.items():
+        whole = type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested
+        if not whole or value.layout != torch.strided or value.is_meta:
+            raise LawaError(f"{origin}: {name} is a tensor without plain values (sparse, nested, "
+                            "meta, distributed or quantised); save it dense and whole")
     for name, first in first_names(kept).items():
         read = functools.partial(read_tensor, kept[name])
         stored[name] = stored.get(first) or Stored(kept[name].dtype, kept[name].shape, origin, read)
@@ -613,8 +828,14 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
                    if hasattr(info, "chunks")}
         paths = {name: tuple(map(str, (index.planner_data or {}).get(name, (name,))))
                  for name in tensors}  # such as ("model", "wte.weight")
-    nested = {path[0] for path in paths.values() if len(path) > 1}
-    key = key or next((name for name in NESTED if name in nested), None)
+        for name in tensors:
+            if name.startswith("optimizer."):  # flat, among flat weights
+                paths[name] = tuple(name.split(".", 1))
+    prefix = weights_under(list(paths.values()), key, folder)
+    inside = {}
+    for name, path in paths.items():
+        if path[:len(prefix)] == prefix and (prefix or key == "." or len(path) == 1):
+            inside[name] = ".".join(path[len(prefix):])
 
     held = {}  # the one tensor of which tile after tile is read
 
@@ -623,17 +844,18 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
         if tensor is None:
             held.clear()
             tensor = torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype)
-            with explained(f"{folder}: cannot read {name}"):
+            with explained(f"{folder}: cannot read {name}"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that this is one process
                 dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
             held[name] = tensor
         return read_tensor(tensor, start, stop)
     stored = {}
-    for name, path in paths.items():
-        if key in (None, path[0]):
-            info, reader = tensors[name], functools.partial(read, name)
-            stored[".".join(path[1:] if key else path)] = Stored(
-                info.properties.dtype, info.size, folder, reader)
-    return Checkpoint(folder, stored)
+    for name, own in inside.items():
+        info, reader = tensors[name], functools.partial(read, name)
+        stored[own] = Stored(info.properties.dtype, info.size, folder, reader)
+    found = Checkpoint(folder, stored)
+    found.left_out = left_out(list(paths.values()), prefix)
+    return found
 
 
 def unpickled_index(path: Path):
@@ -674,6 +896,42 @@ def plan_file(stored: Mapping[str, Stored], ties: Mapping[str, str], metadata: M
     return len(text).to_bytes(8, "little") + text, offsets, base + offset
 
 
+def write_torch(state: dict, file, path) -> None:
+    """torch.save to an open file, whose errors are no OSErrors: a full disk is a RuntimeError."""
+    import torch
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise JobFailed(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path):
+    """Hold the lock of an output; JobFailed if another job, or thread, has it."""
+    import fcntl
+    lock = path.parent / f".{path.name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "w"))
+        except OSError as error:
+            raise JobFailed(f"cannot write {path}: {error.strerror or error}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.stat(lock).st_ino == os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):  # its holder has just removed it
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:
+            raise JobFailed(f"another job is writing {path}; wait until it is done, or choose "
+                            "another output")
+        try:
+            yield
+        finally:
+            remove(lock)
+
+
 @contextlib.contextmanager
 def replacing(path) -> Iterator[Path]:
     """A hidden name beside `path` to write a file or folder to: renamed to `path` on success,
@@ -682,7 +940,7 @@ def replacing(path) -> Iterator[Path]:
     Errors: JobFailed, naming `path`, where the system refuses (disk full, no permission).
     """
     path = Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    part = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -703,7 +961,7 @@ def remove_left_parts(path: Path) -> None:
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(ValueError, PermissionError):
             try:
-                os.kill(int(part.name.split(".")[-2]), 0)
+                os.kill(int(part.name.split(".")[-3]), 0)
             except ProcessLookupError:
                 remove(part)
 
@@ -720,14 +978,20 @@ def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> N
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix != ".safetensors":
             import torch
-            torch.save({name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-                        for name, value in tensors.items()}, file)
+            write_torch({name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                         for name, value in tensors.items()}, file, path)
             return
         kept, ties = layout({0: from_memory(tensors, path)})
         header, offsets, _ = plan_file(kept, ties, metadata or {})
         file.write(header)
         for name in offsets:
             file.write(kept[name].read(0, kept[name].nbytes))
+
+
+def companions(folder) -> list[Path]:
+    """What goes with the weights of a Hugging Face folder: config, code, tokenizer, processor."""
+    found = {path for pattern in COPIED for path in Path(folder).glob(pattern)}
+    return [path for path in sorted(found) if path.is_file() and not NOT_WEIGHTS.search(path.name)]
 
 
 def sidecar(path: Path) -> Path:
@@ -737,8 +1001,6 @@ def sidecar(path: Path) -> Path:
 
 # ---- 4. Trajectories -----------------------------------------------------------------------------
 
-NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|training_args|trainer|resume|^state_\d+\.pt$|^\.",
-                         re.IGNORECASE)
 ALLOW = ("nonfinite", "duplicates", "averages")  # what an average may be forced to accept
 SOURCES: dict[str, Callable] = {}  # "hub": opens what stands behind "hub:"; lab.hub puts it in
 
@@ -748,15 +1010,78 @@ def checkpoint_name(step: int) -> str:
     return f"ckpt_{step}.safetensors"
 
 
+# A step in a name is the number behind one of these words, or in front of it (12epoch); the finest
+# counts.
+KEYS = {
+    "step": r"(?:global[-_]?)?step|iteration|iter|it|update|ba",
+    "checkpoint": r"checkpoint|ckpt",
+    "epoch": r"epoch|ep",
+}
+NUMBER = r"(\d+(?:e\d+|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4
+AFTER = {kind: re.compile(rf"(?<![a-z])(?:{words})s?[-_=. ]?{NUMBER}(?![a-z\d]|[.,]\d)")
+         for kind, words in KEYS.items()}
+BEFORE = {kind: re.compile(rf"(?<![a-z\d.,]){NUMBER}[-_]?(?:{words})s?(?![a-z])")
+          for kind, words in KEYS.items()}
+# What else has a number: any other word with =, metrics, hyper-parameters, versions, parts
+NOISE = re.compile(
+    rf"(?<![a-z])(?<![a-z]_)(?!(?:{'|'.join(KEYS.values())})s?=)[a-z][a-z_]*=-?[\d.]+(?:e[-+]?\d+)?|"
+    r"\d+-of-\d+|(?<![a-z])(?:"
+    r"[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric|rank|seed|size|tokens?)|"
+    r"lr|wd|bs|f1|top\d|auc|map|iou|fid|tp|pp|dp|v|version|stage|phase|part|shard|fold|run|exp|trial|"
+    r"beta|dropout|warmup|consolidated|fsdp)"
+    r"[-_.=]?[-+]?\d{1,5}(?:\.\d+)*(?:e[-+]?\d+)?[a-z]?(?![a-z\d])")
+# Averages, and links to one of the others: their number is of something else
+AVERAGES = re.compile(
+    r"(?<![a-z])(?:best|last|latest|avg|ave|average|averaged|swa|ema|soup|merged)(?![a-z])")
+OTHER = re.compile(  # decimals and hashes
+    r"\d+\.\d+(?![km\d])|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}|"
+    r"(?<![a-z\d])(?=\d*[a-f])(?=[a-f]*\d)[\da-f]{7,40}(?![a-z\d])")
+
+
+def read_name(name: str) -> tuple[str, list[int]]:
+    """(what its numbers count: step, checkpoint, epoch or nothing; the steps it may mean)."""
+    stem = name.lower()
+    while stem.endswith(SUFFIXES):
+        stem = stem.rpartition(".")[0]
+    if AVERAGES.search(stem):
+        return "", []
+    stem = NOISE.sub("~", stem)
+    for patterns in (AFTER, BEFORE):
+        for kind, pattern in patterns.items():
+            found = []
+            for match in pattern.finditer(stem):
+                more = re.match(rf"[-_]{NUMBER}(?![a-z\d.])", stem[match.end():])
+                if more and match[0].startswith("checkpoint_"):  # fairseq's epoch and update
+                    return "step", [number(more[1])]
+                found += map(number, (match[1], more[1]) if more else (match[1],))
+            if found:
+                return kind, sorted(set(found))
+    alone = re.findall(rf"(?<![a-z\d]){NUMBER}(?![a-z\d])", OTHER.sub("~", stem))
+    found = alone or re.findall(r"(?<![a-z\d])[a-z]+(\d+)(?![a-z\d])", OTHER.sub("~", stem))
+    return "", sorted(set(map(number, found)))
+
+
+def number(text: str) -> int:
+    """10k is 10,000, 1.5M is 1,500,000, 1e4 is 10,000."""
+    return round(float(text.rstrip("km")) * {"k": 1e3, "m": 1e6}.get(text[-1], 1))
+
+
+def read_path(path: Path) -> tuple[str, list[int]]:
+    """As `read_name`, for a path: the nearest folder or file that has one of KEYS counts, else a
+    bare number in the last name, or the folder around it if that is a number and nothing else."""
+    names = [read_name(part) for part in reversed(path.parts)]
+    for kind, steps in names:
+        if kind:
+            return kind, steps
+    if names and not names[0][1] and re.fullmatch(NUMBER, path.parent.name.lower()):
+        return names[1]
+    return names[0] if names else ("", [])
+
+
 def step_of(path) -> int | None:
-    """The step in a path's name: the number after step, iter, ckpt or checkpoint, else the last."""
-    path = Path(path)
-    stem = path.stem if path.suffix in SUFFIXES else path.name
-    if re.fullmatch(r"(pytorch_)?model|consolidated|weights", stem):  # step1000/model.safetensors
-        stem = path.absolute().parent.name
-    named = re.findall(r"(?:step|iter|ckpt|checkpoint)s?[-_=]?(\d+)", stem, re.IGNORECASE)
-    numbers = named or re.findall(r"\d+", stem)
-    return int(numbers[-1]) if numbers else None
+    """The step that a path names, by the grammar above; None if it names none, or two."""
+    _, steps = read_path(Path(path))
+    return steps[0] if len(steps) == 1 else None
 
 
 class Trajectory:
@@ -792,17 +1117,20 @@ class Trajectory:
         return path if path.is_dir() else path.parent
 
 
-def open_trajectory(source, key: str | None = None) -> Trajectory:
+def open_trajectory(source, key: str | None = None, *, steps=None,
+                    step_regex: str | None = None) -> Trajectory:
     """Open a run folder, a folder of step folders (step1000/, checkpoint-500/), a glob, a list of
     checkpoint paths, or what SOURCES knows, such as "hub:EleutherAI/pythia-1b-deduped".
 
-    Steps come from the names, in numeric order. In a folder, what names no step (a `latest` link,
-    ckpt_best.pt), optimizer files and hidden files are passed over; in a list they are errors,
-    unless no name has a step: then the order given counts.
-    Errors: LawaError for nothing found, a name without a step, two files of one step.
+    Steps come from the names (see `read_name`; what all paths have in common is not read), or from
+    `steps`, one for each path of a list, or from group 1 of `step_regex` in each path. In a folder,
+    what names no step (a `latest` link, ckpt_best.pt), optimizer files and hidden files are passed
+    over; in a list or glob they are errors. A single checkpoint needs no step.
+    Errors: LawaError for nothing found, steps that cannot be told, two files of one step.
     """
     if isinstance(source, Trajectory):
         return source
+    folder = None
     if isinstance(source, (str, os.PathLike)):
         kind, _, rest = str(source).partition(":")
         if kind in SOURCES:
@@ -810,37 +1138,92 @@ def open_trajectory(source, key: str | None = None) -> Trajectory:
         if kind == "hub":
             raise LawaError(f"{source}: the Hub is reached by the command `lawa`, or after "
                             "`import lab.hub`; this file alone reads local checkpoints")
-        path = Path(source)
-        paths, name = [path], path.name
+        path, name = Path(source), Path(source).name
+        paths = [path]
         if not path.exists():
-            paths = [match for match in map(Path, glob.glob(str(source))) if is_checkpoint(match)]
-        elif path.is_dir() and not is_checkpoint(path):
-            paths = [p for p in path.iterdir() if step_of(p) is not None and is_checkpoint(p)]
+            paths = [match for match in map(Path, sorted(glob.glob(str(source))))
+                     if weights_in(match)]
+        elif path.is_dir():
+            folder = path
+            paths = [p for p in sorted(path.iterdir()) if may_be_weights(p)]
     else:
         paths, name = [Path(path) for path in source], "the list"
+    if step_regex is not None:
+        with explained(f"--step-regex {step_regex!r}: expected a pattern with one group"):
+            found = [re.search(step_regex, path.as_posix()) for path in paths]
+            readings = [("", [int(match[1])] if match else []) for match in found]
+    else:
+        common = os.path.commonpath([path.absolute().parent for path in paths] or ["/"])
+        readings = [read_path(path.absolute().relative_to(common)) for path in paths]
+    if folder:
+        within = []
+        for path, reading in zip(paths, readings, strict=True):
+            # a folder that holds no weights itself may be anything, unless it names a step
+            clear = (reading[0] or step_regex or path.is_file() or path.name.isdigit()
+                     or is_checkpoint(path))
+            if reading[1] and clear and weights_in(path):
+                within.append((path, reading))
+        of_a_run = read_name(folder.absolute().name)[0] and is_checkpoint(folder)
+        if within and not of_a_run:
+            paths, readings = map(list, zip(*within, strict=True))
+        else:
+            inside = weights_in(folder)
+            paths = [inside] if inside else []
     if not paths:
         raise LawaError(f"no checkpoints in {source}; expected files such as "
                         f"{checkpoint_name(1000)} or folders such as step1000/")
-    steps = [step_of(path) for path in paths]
-    if all(step is None for step in steps):
-        steps = list(range(1, len(paths) + 1))
-    found: dict[int, Path] = {}
-    for step, path in zip(steps, paths, strict=True):
-        if step is None:
-            raise LawaError(f"{path} names no step while others do; expected names such as "
-                            f"{checkpoint_name(1000)}")
+    if steps is not None:
+        if folder or len(steps) != len(paths):
+            raise LawaError(f"--steps gives one step for each path of a list, got {len(steps)} for "
+                            f"{'a folder' if folder else len(paths)}")
+        readings = [("", [int(step)]) for step in steps]
+    elif len(paths) == 1 and (step := step_of(paths[0])) is None:
+        readings = [("", [1])]
+    elif len(paths) == 1:
+        readings = [("", [step])]
+    if any(len(found) != 1 for _, found in readings) or len({kind for kind, _ in readings}) > 1:
+        common = os.path.commonpath([path.absolute().parent for path in paths])
+        told = [f"{path.absolute().relative_to(common)} {' or '.join(map(str, found)) or 'none'}"
+                f"{f' ({kind})' * bool(kind)}"
+                for path, (kind, found) in zip(paths, readings, strict=True)]
+        raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
+                        f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
+                        r"list of paths in their order, or --step-regex 'name_(\d+)'")
+    found = {}
+    for (_, (step,)), path in zip(readings, paths, strict=True):
         if step in found and not (path.exists() and path.samefile(found[step])):
             raise LawaError(f"two checkpoints for step {step}: {found[step]} and {path}; keep one")
         found[step] = path
-    return Trajectory(found, name, key)
+    return Trajectory({step: weights_in(path) or path for step, path in found.items()}, name, key)
+
+
+def may_be_weights(path: Path) -> bool:
+    return not NOT_WEIGHTS.search(path.name) and (path.is_dir() or path.suffix in SUFFIXES)
 
 
 def is_checkpoint(path: Path) -> bool:
-    if NOT_WEIGHTS.search(path.name):
-        return False
-    if path.is_file():
-        return path.suffix in SUFFIXES
-    return any((path / name).exists() for name in (*SINGLES, *INDEXES, ".metadata"))
+    """Whether a folder holds weights that Hugging Face or torch.distributed wrote."""
+    return any((path / name).exists() for name in (*WEIGHTS, ".metadata"))
+
+
+def weights_in(path: Path, depth: int = 2) -> Path | None:
+    """The one checkpoint that a path is or a folder holds, up to `depth` folders below; or None.
+
+    Errors: LawaError for several.
+    """
+    if not may_be_weights(path) or not path.exists():
+        return None
+    if path.is_file() or is_checkpoint(path):
+        return path
+    inside = [p for p in sorted(path.iterdir()) if not AVERAGES.search(p.name.lower())]
+    found = [p for p in inside if p.is_file() and may_be_weights(p)]
+    if not found and depth:
+        found = [below for p in inside if p.is_dir() and (below := weights_in(p, depth - 1))]
+    if len(found) > 1 and len({NOISE.sub("", f.name.lower()) for f in found}) > 1:
+        names = [str(f.relative_to(path)) for f in found]
+        raise LawaError(f"{path} holds several checkpoints: {some(names)}; choose one kind of them "
+                        f"with a glob such as '{path.parent / '*' / names[0]}'")
+    return found[0] if found else None  # one of a split model's parts is refused when it is opened
 
 
 def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
@@ -1126,13 +1509,19 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         if dtype and stored.dtype in FLOATS:
             wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
     inputs = {Path(path).resolve() for path in trajectory.sources.values() if not callable(path)}
+    last = opened[max(opened)]
+    like = Path(like or last.path)
     report, plans = [], []
     for path, (scheme, at), this in zip(map(Path, outputs), outputs.values(), rows, strict=True):
         if inputs & {path.resolve(), *path.resolve().parents}:
             raise LawaError(f"{path} is an input; choose another output")
+        end = path.suffix.lower()
+        if path.suffix not in SUFFIXES and (end in (*FOREIGN, ".json", ".zip", ".pkl", ".pickle")
+                                            or difflib.get_close_matches(end, SUFFIXES[:1])):
+            raise LawaError(f"{path}: {path.suffix} is not written; expected .safetensors, .pt, or "
+                            "the name of a new folder")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
             raise LawaError(f"{path} is a folder that is not empty; choose another, or remove it")
-        remove_left_parts(path)  # large ones, which else nobody would see
         used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
                  "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
                 for step in this.add]
@@ -1152,26 +1541,31 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         while done < len(data):
             done += os.pwrite(files[m].fileno(), data[done:], place + done)
     with contextlib.ExitStack() as stack:  # on leaving, the hidden names become the outputs'
+        stack.enter_context(sole_writer(min(map(Path, outputs))))
         for path, (header, _, size) in zip(map(Path, outputs), plans, strict=True):
+            remove_left_parts(path)  # large ones, which else nobody would see
             part = stack.enter_context(replacing(path))
             if path.suffix not in SUFFIXES:
                 part.mkdir()
-                part /= SINGLES[0]
+                stems = [n.split(".")[0] for n in WEIGHTS if (like / n).exists()]
+                part /= f"{stems[0] if stems and '_' in stems[0] else 'model'}.safetensors"
             files.append(stack.enter_context(open(part, "w+b", buffering=0)))
             files[-1].truncate(size)
             os.pwrite(files[-1].fileno(), header, 0)
         mix(opened, rows, wanted, write, allow=allow, threads=threads, tile=tile, progress=progress)
         for path, file, output in zip(map(Path, outputs), files, report, strict=True):
-            finish(path, Path(file.name), like or opened[max(opened)].path, output)
-    return {"outputs": report, "bytes_read": sum(c.nbytes for c in opened.values()),
+            finish(path, Path(file.name), like, last, output)
+    return {"outputs": report, "left_out": last.left_out,
+            "bytes_read": sum(c.nbytes for c in opened.values()),
             "bytes_written": total, "seconds": round(time.perf_counter() - begun, 3)}
 
 
-def finish(path: Path, part: Path, like, note: Mapping) -> None:
-    """Make of the safetensors file `part` what `path` is to be: a .pt, or the rest of a folder."""
+def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping) -> None:
+    """Make of the safetensors file `part` what `path` is to be: the rest of a folder, or a .pt,
+    which a trainer's .pt gives its other keys."""
     whole = open_safetensors(part)  # which also checks what was written
     if path.suffix not in SUFFIXES:
-        for source in [found for pattern in COPIED for found in sorted(Path(like).glob(pattern))]:
+        for source in companions(like):
             shutil.copyfile(source, part.parent / source.name)
         config = part.parent / "config.json"
         if config.exists():  # says the type in which the weights are
@@ -1181,10 +1575,10 @@ def finish(path: Path, part: Path, like, note: Mapping) -> None:
             fields |= dict.fromkeys(names, DTYPES[dtype][1])
             config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
-        import torch
         state = {name: whole[name] for name in whole if name not in whole.ties}
+        state |= {name: state[kept] for name, kept in whole.ties.items()}
         with open(part, "wb") as file:  # whose errors are the system's
-            torch.save(state | {name: state[kept] for name, kept in whole.ties.items()}, file)
+            write_torch(put_back(state, newest.around), file, path)
         with replacing(sidecar(path)) as text:
             text.write_text(json.dumps(note, indent=1))
 
@@ -1320,17 +1714,31 @@ def live_state(model) -> dict:
     wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
     while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
+               if isinstance(tensor, torch.Tensor)}  # what get_extra_state gives may be anything
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise LawaError(f"{name} is complex, which is not averaged; keep two real tensors")
+    return tensors
+
+
+def bare_name(name: str) -> str:
+    """A tensor's name without what compiling a part of the model puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def copied(tree, places: Mapping | None = None):
-    """A deep copy of nested dicts of tensors, each on the device that `places` gives its name."""
-    copy = dict(tree)
+    """A deep copy of nested dicts of tensors, each with the name and on the device that `places`,
+    {bare name: (name, device)}, gives it."""
+    copy = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             copy[key] = copied(value, places)
         elif hasattr(value, "device"):
-            copy[key] = value.to(places[key] if places else value.device, copy=True)
+            name, device = places[bare_name(key)] if places else (key, value.device)
+            copy[name] = value.to(device, copy=True)
+        else:
+            copy[key] = value
     return copy
 
 
@@ -1355,6 +1763,7 @@ class Online:
 
         Steps before `start`, off the grid start + n * every, or taken already are ignored.
         """
+        self.expect_own_weights()
         due = step >= self.start and (step - self.start) % self.every == 0
         if due and step > self.held.get("step", -1):
             self.take(step, self.live())
@@ -1369,30 +1778,44 @@ class Online:
     def swapped(self, *which):
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
+        self.expect_own_weights()
         live, averaged = self.live(), self.averaged(*which)
         weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
+        self.inside = True
         with torch.no_grad():
             try:
                 torch._foreach_copy_(weights, [averaged[name] for name in live])
                 yield self.model
             finally:
                 torch._foreach_copy_(weights, own)
+                self.inside = False
+
+    def expect_own_weights(self) -> None:
+        """A checkpoint saved inside `swapped` would hold the average, and be resumed from."""
+        if self.inside:
+            raise LawaError("the model holds the average here; leave swapped() first, and save "
+                            "checkpoints and update outside it")
 
     def state_dict(self) -> dict:
         """A copy of all state, for torch.save and a weights-only torch.load."""
+        self.expect_own_weights()
         shapes = {name: list(tensor.shape) for name, tensor in self.live().items()}
         return {"kind": type(self).__name__, "shapes": shapes, "held": copied(self.held)}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a copy of the state, to the same bits; LawaError if it is another model's."""
         live, kind = self.live(), type(self).__name__
-        shapes = {name: list(tensor.shape) for name, tensor in live.items()}
-        if state.get("kind") != kind or state["shapes"] != shapes:
+        shapes = {bare_name(name): list(tensor.shape) for name, tensor in live.items()}
+        theirs = {bare_name(name): shape for name, shape in state.get("shapes", {}).items()}
+        if state.get("kind") != kind or theirs != shapes:
+            other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
             raise LawaError(f"expected the state of {kind} for this model, got that of "
-                            f"{state.get('kind')} for {len(state.get('shapes', ()))} tensors, of "
-                            "other names or shapes")
-        self.held = copied(state["held"], {n: self.place or t.device for n, t in live.items()})
+                            f"{state.get('kind')} for {len(theirs)} tensors, of other names or "
+                            f"shapes: {some(other)}")
+        places = {bare_name(name): (name, self.place or t.device) for name, t in live.items()}
+        self.held = copied(state["held"], places)
     place = None  # the device of the state; None: the model's
+    inside = False  # inside `swapped`
 
 
 class LAWA(Online):
@@ -1530,7 +1953,10 @@ input, 130 interrupted."""
 
 INPUTS = {
     "inputs": {"nargs": "+", "metavar": "CKPT", "help": "checkpoints, or a folder or glob of them"},
-    "--key": {"help": "where a nested .pt holds its weights (default: model, state_dict, ...)"},
+    "--key": {"help": "where a nested .pt holds its weights, as a.b; . for all (default: model, "
+                      "state_dict, ...)"},
+    "--steps": {"help": "the steps of the inputs, in their order, as 100,200,300"},
+    "--step-regex": {"help": r"where a path has its step, as 'name_(\d+)'"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
 }
 AT = {"--at": {"type": int, "help": "the step to average at (default: the newest)"}}
@@ -1539,6 +1965,7 @@ HOW = {
     "-k --k": {"type": int, "help": "short for --scheme lawa: checkpoints in the window"},
     "--spacing": {"type": int, "help": "with -k or --weights: steps between the checkpoints"},
     "--weights": {"help": "short for --scheme explicit: weights, oldest first, as 0.2,0.3,0.5"},
+    "--blend": {"type": float, "help": "share of the average; the rest is the newest checkpoint"},
     "--tokens-per-step": {"type": int, "help": "durations are in tokens, this many per step"},
 }
 OUT = {
@@ -1551,6 +1978,7 @@ OUT = {
 EVERY = {"--every": {"type": int, "default": 1, "help": "average at the multiples of this"}}
 TRY = {
     "--command": {"dest": "run", "required": True, "help": "program with {} for the checkpoint"},
+    "--pattern": {"help": r"where its output has the loss (default: its last line, numbers alone)"},
     "--budget": {"type": int, "default": 12, "help": "evaluations at most (default 12)"},
 }
 COMMANDS = {  # name: (what it does, its options)
@@ -1585,7 +2013,20 @@ def schemes_of(args) -> dict[str, Callable]:
             given = {d: getattr(scheme, d, None) for d in ("spacing", "start", "every", "window")}
             steps = {d: tokens(n, args.tokens_per_step) for d, n in given.items() if n}
             schemes[name] = dataclasses.replace(scheme, **steps)
+    if args.blend is not None:
+        if not math.isfinite(args.blend):
+            raise LawaError(f"--blend is the average's share, such as 0.5, got {args.blend}")
+        schemes = {name: blend(args.blend, scheme) for name, scheme in schemes.items()}
     return schemes
+
+
+# Public models of which some revisions hold the weights of others, as told in their repositories;
+# that two are the same is found here as a problem.
+WRONG_REVISIONS = {
+    "pythia-2.8b": "many revisions hold the weights of the end (EleutherAI/pythia #83, #195)",
+    "pythia-12b": "steps 50000 and 58000 have a shard of the end (EleutherAI/pythia #205, #206)",
+    "olmo-2-1124-7b": "steps 101000, 175000 and 300000 were the same file (allenai/OLMo #915)",
+}
 
 
 def inspect(trajectory: Trajectory) -> dict:
@@ -1613,41 +2054,66 @@ def inspect(trajectory: Trajectory) -> dict:
                 bar.update(len(raw))
     for step, checkpoint in opened.items():
         norm = math.sqrt(squares[step]) if math.isfinite(squares[step]) else None
-        rows.append({"step": step, "bytes": checkpoint.nbytes,
+        rows.append({"step": step, "bytes": checkpoint.nbytes, "left_out": checkpoint.left_out,
                      "parameters": sum(stored.numel for stored in set(checkpoint.data.values())),
                      "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": norm,
                      "moved": math.sqrt(changes[step]) / norm if rows and norm else None})
-    return {"trajectory": trajectory.name, "checkpoints": rows, "problems": problems}
+    notes = [note for name, note in WRONG_REVISIONS.items()
+             if name in f"{trajectory.name} {trajectory.config_dir()}".lower()]
+    return {"trajectory": trajectory.name, "checkpoints": rows, "problems": problems,
+            "notes": notes}
 
 
-def validation(command: str) -> Callable[[dict], list[float]]:
-    """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads the
-    numbers of the last line that it prints."""
+def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:
+    """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads its last
+    line, which must be numbers and nothing else, or group 1 of the last match of `pattern`."""
     words = shlex.split(command)
     if "{}" not in command:
         raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
+    with explained(f"--pattern {pattern!r}: expected one with a group, as 'val loss (\\S+)'"):
+        if pattern and not re.compile(pattern).groups:
+            raise ValueError("no group")
 
     def evaluate(state):
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder) / "candidate.safetensors", state)
             filled = [word.replace("{}", f"{folder}/candidate.safetensors") for word in words]
-            done = subprocess.run(filled, capture_output=True, text=True)
+            done = subprocess.run(filled, capture_output=True, text=True, errors="replace")
         last = (done.stdout.strip().splitlines() or [""])[-1]
-        numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", last)
-        if done.returncode or not numbers:
+        if done.returncode:
             said = (done.stderr or done.stdout).strip()[-200:]
             raise JobFailed(f"the validation command exited with {done.returncode} and printed "
                             f"{said!r}")
-        return [float(number) for number in numbers]
+        told = last.replace(",", " ").split()
+        if pattern:
+            told = re.findall(f"(?:{pattern})", done.stdout)[-1:]
+        try:
+            losses = [float(word[0] if isinstance(word, tuple) else word) for word in told]
+        except ValueError:
+            losses = []
+        if not losses:
+            raise JobFailed(f"the validation command's last line is {last[-200:]!r}; expected a "
+                            "loss, or one per block, and nothing else; or say where it is with "
+                            "--pattern 'val loss (\\S+)'")
+        return losses
     return evaluate
 
 
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise LawaError(f"--steps must be like 100,200,300, got {text!r}") from None
+
+
 def run(args) -> dict:
-    trajectory = open_trajectory(args.inputs[0] if len(args.inputs) == 1 else args.inputs, args.key)
+    source = args.inputs[0] if len(args.inputs) == 1 else args.inputs
+    steps = None if args.steps is None else whole_numbers(args.steps)
+    trajectory = open_trajectory(source, args.key, steps=steps, step_regex=args.step_regex)
     if args.command == "inspect":
         return inspect(trajectory)
     if args.command == "search":
-        return search(trajectory, validation(args.run), args.at, args.budget)
+        return search(trajectory, validation(args.run, args.pattern), args.at, args.budget)
     schemes = {"newest": newest()} if args.command == "export" else schemes_of(args)
     with contextlib.ExitStack() as stack:
         begun, bars = time.monotonic(), []
@@ -1681,13 +2147,18 @@ def show(result: dict) -> None:
     for line in result.get("outputs", []):
         print(f"{line['path']}: {line['scheme']} at step {line['at']}, "
               f"{len(line['weights'])} checkpoints")
+    outside = [result, *result.get("checkpoints", [])]
+    for text in dict.fromkeys(", ".join(part.get("left_out", [])[:8]) for part in outside):
+        if text:
+            print(f"left out: {text}")
     if "seconds" in result:
         print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
               f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
     if "sure" in result:
         print(f"model {result['model']}\nbest: {result['best']}; {result['sure']}")
-    for problem in result.get("problems", []):
-        print(f"problem: {problem}")
+    for kind in ("problem", "note"):
+        for text in result.get(f"{kind}s", []):
+            print(f"{kind}: {text}")
 
 
 def main(argv=None) -> int:
@@ -1702,13 +2173,16 @@ def main(argv=None) -> int:
     try:
         args = parser.parse_args(argv)
         result = run(args)
+        print(json.dumps(result, indent=1, default=str), flush=True) if args.json else show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     except (LawaError, OSError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
-    print(json.dumps(result, indent=1, default=str)) if args.json else show(result)
     return 1 if result.get("problems") else 0
 
 

@@ -201,10 +201,9 @@ def write_hf(folder, tensors, fields: dict, like=None) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if like:
-        for pattern in lawa_core.COPIED:
-            for source in Path(like).glob(pattern):
-                if source.name != "config.json":
-                    shutil.copyfile(source, folder / source.name)
+        for source in lawa_core.companions(like):
+            if source.name != "config.json":
+                shutil.copyfile(source, folder / source.name)
     lawa_core.save(folder / "model.safetensors", tensors)
     fields = {name: value for name, value in fields.items() if name != "torch_dtype"}
     fields["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -117,7 +117,8 @@ def test_pt_in_and_out_with_key(tmp_path):
         "--key",
         "ema",
     )
-    assert torch.load(tmp_path / "out.pt", weights_only=True)["w"].tolist() == [2.0, 2.0]
+    made = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert made["ema"]["w"].tolist() == [2.0, 2.0] and list(made) == ["ema"]
     line = refused(
         "average", tmp_path / "ckpt_1.pt", "-o", tmp_path / "other.pt", "--key", "nothing"
     )
