@@ -487,7 +487,7 @@ class Checkpoint(UserDict):
         digest = hashlib.sha256()
         for name in sorted(self.data.keys() - self.ties.keys()):
             middle = max(self.data[name].nbytes - 64, 0) // 16 * 8
-            digest.update(name.encode())
+            digest.update(name.encode(errors="surrogatepass"))
             digest.update(self.data[name].read(middle, min(middle + 64, self.data[name].nbytes)))
         return digest.hexdigest()
 
@@ -507,7 +507,7 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     """Open .safetensors, .pt/.pth/.bin/.ckpt, or a Hugging Face or torch distributed folder.
 
     key: where a nested .pt or distributed checkpoint holds its weights, as "a.b", or "." for all
-    that it holds; default: see `weights_under`. Wrappers' prefixes `_orig_mod.` and `module.` in
+    that it holds; default: see `weights_of`. Wrappers' prefixes `_orig_mod.` and `module.` in
     front of all names are stripped. Reads the header; only tensors are unpickled.
     Errors: LawaError for a missing, truncated, corrupt or unsafe file, naming it, and for a part of
     a split model, placeholders of a sharded one, and quantised weights.
@@ -694,24 +694,20 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
         tree = dict(leaves(blob, path))
-        paths = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
-        prefix = weights_under(paths, key, path)
-    inside = {place[len(prefix):]: value for place, value in tree.items()
-              if place[:len(prefix)] == prefix and len(place) > len(prefix)}
-    if not prefix and key != ".":  # beside flat weights: an optimizer's state
-        inside = {place: value for place, value in inside.items() if len(place) == 1}
-    weights = {".".join(place): value for place, value in inside.items()
-               if isinstance(value, torch.Tensor)}
-    found = from_memory(weights, path)
-    kept = {name: value for name, value in blob.items() if not NOT_WEIGHTS.search(str(name))
-            and not any(place[0] == str(name) for place in paths if len(place) > 1)}
-    extra = {".".join(place): value for place, value in inside.items()
-             if not isinstance(value, torch.Tensor)}
-    found.around = ({name: v for name, v in kept.items() if prefix or str(name) not in weights},
-                    ("state_dict",) if prefix == ("current_model_state",) else prefix,
-                    extra if prefix else {})
-    found.left_out = left_out(paths, prefix) + [f"{name} (no tensor)" for name in extra if prefix
-                                                or name.endswith("_extra_state")]
+    tensors = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
+    prefix, names, outside = weights_of(tensors, key, path)
+    found = from_memory({name: tree[place] for place, name in names.items()}, path)
+    extra = {}  # what is no tensor among the weights, such as a module's extra state
+    for place, value in tree.items():
+        if place not in tensors and (place[:len(prefix)] == prefix or "_extra_state" in place[-1]):
+            extra[".".join(place[len(prefix):])] = value
+    # for a .pt made of this one: what is beside the weights, but for other groups of tensors
+    groups = {place[0] for place in tensors if len(place) > 1 or place in names}
+    rest = {name: value for name, value in blob.items()
+            if str(name) not in groups and not NOT_WEIGHTS.search(str(name))}
+    found.around = rest, prefix, extra if prefix else {}
+    found.left_out = outside + [f"{name} (no tensor)" for name in extra
+                                if prefix or "_extra_state" in name]
     if sidecar(path).exists():
         found.metadata["lawa"] = sidecar(path).read_text()
     return found
@@ -720,9 +716,8 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
 def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
     import torch
-    for name, count in Counter(map(str, tree)).items():
-        if count > 1:
-            raise LawaError(f"{origin} holds two entries called {name}; rename one")
+    if len(set(map(str, tree))) < len(tree):
+        raise LawaError(f"{origin} holds a name as text and as a number; rename one")
     for name, value in tree.items():
         if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
             value = dict(enumerate(value))
@@ -732,45 +727,48 @@ def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], o
             yield (*above, str(name)), value
 
 
-def weights_under(tensors, key: str | None, origin) -> tuple[str, ...]:
-    """Under which keys the weights are, given those of all tensors; () for the top.
+def weights_of(tensors, key: str | None, origin):
+    """Which of a file's tensors, given by their keys from the top, are the weights.
 
-    key as for `open_checkpoint`. Without: where Lightning's WeightAveraging keeps them beside their
-    average, under one of NESTED, or at the top, if nothing is beside them but optimizers.
+    key as for `open_checkpoint`. Without: those where Lightning's WeightAveraging keeps them beside
+    their average, those under one of NESTED, or those at the top, if nothing is beside them but
+    optimizers. Returns (the keys that lead to them, {place: name}, in words what is left out).
     """
     groups = Counter(place[0] for place in tensors if len(place) > 1)
-    held = ", ".join(f"{name} ({n} tensors)" for name, n in groups.items())
-    flat = [place[0] for place in tensors if len(place) == 1]
-    held = ", ".join([held] * bool(held) + flat[:6])[:300] or "no tensors"
-    if key:
-        for prefix in ((), (key,), tuple(key.split("."))):
-            inside = [p for p in tensors if p[:len(prefix)] == prefix and len(p) > len(prefix)]
-            if inside and bool(prefix) == (key != "."):
-                return prefix
-        raise LawaError(f"{origin} holds {held}; expected a state dict under {key!r}")
     known = [name for name in ("current_model_state", *NESTED) if name in groups]
     others = [name for name in groups if not NOT_WEIGHTS.search(name)]
-    if known and (len(known) == 1 or known[0] not in NESTED):
-        return (known[0],)
-    if known or others:
-        offer = [(name,) for name in known or others]
+    prefix = None
+    if key:
+        for keys in ((key,), tuple(key.split("."))) if key != "." else ((),):
+            if any(place[:len(keys)] == keys != place for place in tensors):
+                prefix = keys
+    elif known[:1] == ["current_model_state"] or len(known) == 1:
+        prefix = (known[0],)
+    elif not others:
+        prefix = ()
+    if prefix is None:
+        held = [f"{name} ({count} tensors)" for name, count in groups.items()]
+        held += [place[0] for place in tensors if len(place) == 1][:6]
+        offer = [(name,) for name in known or others or groups]
         offer += [place[:2] for place in tensors if len(place) > 2 and place[1] in NESTED]
-        raise LawaError(f"{origin} holds {held}; which are the weights? Say it with --key "
-                        f"{'.'.join(offer[-1])} (or --key . for all together)")
-    return ()
-
-
-def left_out(tensors, prefix: tuple[str, ...]) -> list[str]:
-    """In words, the tensors that are not under `prefix`, or of flat weights, those that are."""
-    outside = [place for place in tensors if place[:len(prefix)] != prefix
-               or (not prefix and len(place) > 1)]
-    counts = Counter(place[0] for place in outside)
-    return [f"{name} ({count} tensor{'s' * (count > 1)})" for name, count in counts.items()]
+        what = f"a state dict under {key!r}" if key else f"one of {', '.join(NESTED)}"
+        if offer:
+            what += f"; say which with --key {'.'.join(offer[-1])}, or --key . for all"
+        raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}")
+    names = {place: ".".join(place[len(prefix):]) for place in tensors
+             if place[:len(prefix)] == prefix and (prefix or key == "." or len(place) == 1)}
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            raise LawaError(f"{origin} holds {name} as one name and as nested ones; rename one")
+    outside = Counter(place[0] for place in tensors if place not in names)
+    return prefix, names, [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
 
 
 def put_back(state: dict, around: tuple) -> dict:
     """An averaged state dict as the torch file it was read from kept it: among its other keys."""
     rest, prefix, extra = around
+    if prefix == ("current_model_state",):  # it has become an average
+        prefix = ("state_dict",)
     state = state | extra
     for name in reversed(prefix):
         state = {name: state}
@@ -831,11 +829,7 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
         for name in tensors:
             if name.startswith("optimizer."):  # flat, among flat weights
                 paths[name] = tuple(name.split(".", 1))
-    prefix = weights_under(list(paths.values()), key, folder)
-    inside = {}
-    for name, path in paths.items():
-        if path[:len(prefix)] == prefix and (prefix or key == "." or len(path) == 1):
-            inside[name] = ".".join(path[len(prefix):])
+    _, own, outside = weights_of(list(paths.values()), key, folder)
 
     held = {}  # the one tensor of which tile after tile is read
 
@@ -850,11 +844,12 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
             held[name] = tensor
         return read_tensor(tensor, start, stop)
     stored = {}
-    for name, own in inside.items():
-        info, reader = tensors[name], functools.partial(read, name)
-        stored[own] = Stored(info.properties.dtype, info.size, folder, reader)
+    for name, path in paths.items():
+        if path in own:
+            info, reader = tensors[name], functools.partial(read, name)
+            stored[own[path]] = Stored(info.properties.dtype, info.size, folder, reader)
     found = Checkpoint(folder, stored)
-    found.left_out = left_out(list(paths.values()), prefix)
+    found.left_out = outside
     return found
 
 
@@ -1017,18 +1012,20 @@ KEYS = {
     "checkpoint": r"checkpoint|ckpt",
     "epoch": r"epoch|ep",
 }
-NUMBER = r"(\d+(?:e\d+|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4
+NUMBER = r"(\d{1,18}(?:e\d{1,2}|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4
 AFTER = {kind: re.compile(rf"(?<![a-z])(?:{words})s?[-_=. ]?{NUMBER}(?![a-z\d]|[.,]\d)")
          for kind, words in KEYS.items()}
 BEFORE = {kind: re.compile(rf"(?<![a-z\d.,]){NUMBER}[-_]?(?:{words})s?(?![a-z])")
           for kind, words in KEYS.items()}
-# What else has a number: any other word with =, metrics, hyper-parameters, versions, parts
+# What else has a number: any other word with =, durations, metrics, hyper-parameters, parts
+METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
+WORDS = "|".join(KEYS.values())
 NOISE = re.compile(
-    rf"(?<![a-z])(?<![a-z]_)(?!(?:{'|'.join(KEYS.values())})s?=)[a-z][a-z_]*=-?[\d.]+(?:e[-+]?\d+)?|"
-    r"\d+-of-\d+|(?<![a-z])(?:"
-    r"[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric|rank|seed|size|tokens?)|"
-    r"lr|wd|bs|f1|top\d|auc|map|iou|fid|tp|pp|dp|v|version|stage|phase|part|shard|fold|run|exp|trial|"
-    r"beta|dropout|warmup|consolidated|fsdp)"
+    rf"(?<![a-z])(?!(?:{WORDS})s?=)[a-z]+=-?[\d.]+(?:e[-+]?\d+)?|\d+-of-\d+|"
+    rf"(?<![a-z])(?:(?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_(?:{WORDS})s?|"
+    rf"{METRICS}|[a-z]*(?:rank|seed|size|tokens?)|lr|wd|bs|f1|top\d|"
+    r"auc|map|iou|fid|tp|pp|dp|v|version|stage|phase|part|shard|fold|run|exp|trial|beta|dropout|"
+    r"warmup|consolidated|fsdp)"
     r"[-_.=]?[-+]?\d{1,5}(?:\.\d+)*(?:e[-+]?\d+)?[a-z]?(?![a-z\d])")
 # Averages, and links to one of the others: their number is of something else
 AVERAGES = re.compile(
@@ -1063,7 +1060,10 @@ def read_name(name: str) -> tuple[str, list[int]]:
 
 def number(text: str) -> int:
     """10k is 10,000, 1.5M is 1,500,000, 1e4 is 10,000."""
-    return round(float(text.rstrip("km")) * {"k": 1e3, "m": 1e6}.get(text[-1], 1))
+    if text[-1] in "km":
+        return round(float(text[:-1]) * {"k": 1e3, "m": 1e6}[text[-1]])
+    digits, _, zeros = text.partition("e")
+    return int(digits) * 10 ** int(zeros or 0)
 
 
 def read_path(path: Path) -> tuple[str, list[int]]:
@@ -1169,6 +1169,10 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         else:
             inside = weights_in(folder)
             paths = [inside] if inside else []
+    if folder and not paths:
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in FOREIGN:
+                open_file(path, key)  # which says what to do with it
     if not paths:
         raise LawaError(f"no checkpoints in {source}; expected files such as "
                         f"{checkpoint_name(1000)} or folders such as step1000/")
@@ -1547,8 +1551,10 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
             part = stack.enter_context(replacing(path))
             if path.suffix not in SUFFIXES:
                 part.mkdir()
-                stems = [n.split(".")[0] for n in WEIGHTS if (like / n).exists()]
-                part /= f"{stems[0] if stems and '_' in stems[0] else 'model'}.safetensors"
+                stem = Path(next(iter(last.data.values())).path).name.split(".")[0].split("-")[0]
+                # what a library looks for; a pytorch_model is a .bin
+                kept = stem in ("adapter_model", "diffusion_pytorch_model")
+                part /= f"{stem if kept else 'model'}.safetensors"
             files.append(stack.enter_context(open(part, "w+b", buffering=0)))
             files[-1].truncate(size)
             os.pwrite(files[-1].fileno(), header, 0)
@@ -2174,7 +2180,8 @@ def main(argv=None) -> int:
         args = parser.parse_args(argv)
         result = run(args)
         print(json.dumps(result, indent=1, default=str), flush=True) if args.json else show(result)
-        sys.stdout.flush()
+        if sys.stdout:  # there is none where it was closed
+            sys.stdout.flush()
     except BrokenPipeError:  # what reads it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

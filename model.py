@@ -2,8 +2,9 @@
 
     python model.py train --preset micro --corpus stdlib --lr 1e-3
 
-It reads in the order of the data. The recipe is the LAWA paper's (arXiv 2306.03241); losses are in
-nats per token. Many runs, their cost, public models: see lab/.
+It reads in the order of the data: sizes and configuration, network, corpus, batches and rates, run
+folder, training, evaluation, text, scales, command line. The recipe is the LAWA paper's (arXiv
+2306.03241); losses are in nats per token. Many runs, their cost, public models: see lab/.
 """
 from __future__ import annotations
 
@@ -48,6 +49,7 @@ def require(right, message: str) -> None:
 
 # ---- 1. Sizes and configuration ------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a network, under GPT-2's names."""
@@ -72,7 +74,9 @@ class GPTConfig:
                 "rotary must turn an even part of a head's width "
                 f"{self.n_embd // self.n_head}, got {self.rotary}")
 
-    rotary_width = property(lambda self: int(self.n_embd // self.n_head * self.rotary))
+    @property
+    def rotary_width(self) -> int:
+        return int(self.n_embd // self.n_head * self.rotary)
 
 
 NEOX = {"bias": True, "scale_attn_by_inverse_layer_idx": False, "gelu": "none",
@@ -193,8 +197,10 @@ class Config:
 
     online = property(lambda self: dict(self.schemes()))  # {text: scheme}
     block_size = property(lambda self: PRESETS[self.preset][3])
-    tokens_per_step = property(
-        lambda self: self.batch_size * self.gradient_accumulation_steps * self.block_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
     @property
     def checkpoint_steps(self) -> list[int]:
@@ -208,10 +214,13 @@ class Config:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        there = "mps"
     return torch.device(there if device == "auto" else device)
 
 # ---- 2. The network: GPT-2 or, by configuration, GPT-NeoX ----------------------------------------
+
 
 ROTARY_BASE = 10_000  # of the wavelengths, as in Su et al. (arXiv 2104.09864)
 
@@ -281,7 +290,8 @@ PIECE = 1024  # tokens whose logits exist at a time on a CPU; fewer make slower 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss of the output layer, with its gradients made at once: how a CPU trains in float32.
 
-    The logits become probabilities and then their own gradient in the memory they were made in.
+    The logits, a small model's largest array, become probabilities and then their own gradient in
+    the memory they were made in, with one exponential each instead of two; no second derivative.
     x: (N, C), head: (vocab, C), both float32, targets: (N,) int64. Returns a scalar.
     """
     @staticmethod
@@ -313,7 +323,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class GPT(nn.Module):
     """GPT-2, or GPT-NeoX by configuration, with weights from a generator of its own:
-    normal(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2), norms 1, biases 0."""
+    normal(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2), norms 1, biases 0.
+    """
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -323,8 +334,9 @@ class GPT(nn.Module):
             self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
             self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, config.eps, bias=config.bias)
-            output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-            self.lm_head = None if config.tied else output
+            self.lm_head = None
+            if not config.tied:
+                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device=device)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -391,10 +403,12 @@ def empty_model(config: GPTConfig, device="cpu", dtype=torch.float32) -> GPT:
 @functools.cache
 def count_parameters(config: GPTConfig) -> tuple[int, int]:
     """(all parameters, those without position embeddings)."""
-    net = empty_model(config, "meta")
+    with torch.device("meta"):
+        net = GPT(config)
     return sum(p.numel() for p in net.parameters()), net.size()
 
 # ---- 3. Corpus -----------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -409,7 +423,7 @@ class Corpus:
 
     @functools.cached_property
     def val_bytes_per_token(self) -> float:
-        """Bytes of text per token, 0 of end-of-text; measured if not in meta.json, nan offline."""
+        """Bytes of text per token; measured where meta.json has none, nan without a tokenizer."""
         if "val_bytes" in self.meta:
             return self.meta["val_bytes"] / self.meta["val_tokens"]
         try:
@@ -418,7 +432,9 @@ class Corpus:
             return math.nan
         counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
         words = map(tokenizer.decode_single_token_bytes, range(self.vocab_size))
-        sizes = [len(word) * (i != self.meta["eot_token"]) for i, word in enumerate(words)]
+        sizes = np.array([len(word) for word in words])
+        if self.meta["eot_token"] is not None:
+            sizes[self.meta["eot_token"]] = 0  # an end-of-text stands for no text
         return float(counts @ sizes / counts.sum())
 
     @property
@@ -459,6 +475,7 @@ class Corpus:
 
 class Shards:
     """Mapped files as one array of tokens: len, slices, integer arrays as indices (give copies)."""
+
     def __init__(self, parts: list[np.ndarray]):
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts])
@@ -574,6 +591,7 @@ def open_corpus(name) -> Corpus:
 
 # ---- 4. Batches and rates ------------------------------------------------------------------------
 
+
 def batch(tokens, config: Config, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
     """The batch of step `step`: (sequences, block_size + 1) int64, or rank `rank`'s share of it.
 
@@ -608,6 +626,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 # ---- 5. Run folder -------------------------------------------------------------------------------
 
+
 BY_CONTENT = ("corpus", "init_from")  # fields that stand for a content: its path does not matter
 
 
@@ -622,8 +641,8 @@ def described(config: Config, corpus: Corpus) -> dict:
 def run_dir(config: Config, runs=None, device: str = "auto") -> Path:
     """runs/<corpus>-<preset>-<hash of every field and of the content of corpus and init_from>."""
     corpus = open_corpus(config.corpus)
-    says = described(config.resolved(pick_device(device)), corpus)
-    values = {key: value for key, value in says.items() if key not in BY_CONTENT}
+    values = described(config.resolved(pick_device(device)), corpus)
+    values = {key: value for key, value in values.items() if key not in BY_CONTENT}
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     return Path(runs or RUNS) / f"{corpus.name}-{config.preset}-{name}"
 
@@ -635,8 +654,9 @@ def claim(folder: Path, config: Config, corpus: Corpus) -> None:
         with lawa_core.replacing(path) as part:
             part.write_text(json.dumps(wanted, indent=1))
     found = json.loads(path.read_text())
-    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}" for key in wanted | found
-               if key not in BY_CONTENT and found.get(key) != wanted.get(key)]
+    changed = [key for key in wanted | found if found.get(key) != wanted.get(key)]
+    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}"
+               for key in changed if key not in BY_CONTENT]
     require(not changes, f"{folder} holds a run of another configuration ({', '.join(changes)}); "
             "choose another --out_dir")
 
@@ -696,6 +716,7 @@ def take_over(state: Path, folder: Path, config: Config) -> None:
 
 # ---- 6. Training ---------------------------------------------------------------------------------
 
+
 READ_EVERY = 10  # steps between looking at the losses: a look makes a GPU wait
 
 
@@ -740,8 +761,8 @@ def joined_ranks(device: torch.device, world: int):
     # torchrun's store of addresses outlives a lost rank: the next ones would hang
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     require(first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            "a rank was lost; go on with torchrun --standalone or --rdzv_backend=c10d, and "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it: only so it restarts well")
+            "a rank was lost; torchrun restarts well only with --standalone or --rdzv_backend=c10d "
+            "and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it; start it so, and it goes on")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -786,9 +807,14 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     It holds config.json, metrics.csv (loss on the batch before the update), ckpt_<step>.safetensors
     (float32 weights), a folder of these per average, resume.pt while unfinished, summary.json once
     finished. Under torchrun every rank calls this: the batches are one process's, cut in equal
-    parts, and rank 0 writes. Beside the config nothing changes a number: the options are TRAIN's,
-    and `kept_steps` explains keep and disk_budget. If the file resume_from is there, a run that has
-    not begun takes it over, with checkpoints and rows, and ends as if trained alone.
+    parts, and rank 0 writes. Beside the config, nothing changes a number:
+        out_dir: default `run_dir`; threads: of a CPU, an interrupted run keeps its own
+        compile: default on CUDA; eval_interval: steps between losses in val.csv, 0: none
+        state_seconds: a kill loses at most so much work, rounded up to a checkpoint
+        keep, disk_budget: see `kept_steps`; bar: show progress
+        state_at: steps whose whole state stays as state_<step>.pt
+        resume_from: such a file of a run that trains alike until then; if it is there, a run that
+            has not begun takes it over, with checkpoints and rows, and ends as if trained alone
     Errors: LawaError for a bad configuration or corpus; JobFailed for a loss that is not finite or
     a full disk, what was saved is kept. Ctrl-C and SIGTERM save the state, then raise
     KeyboardInterrupt and SystemExit(143).
@@ -811,15 +837,15 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         require(enough, f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one "
                 f"block of {config.block_size}")
     shape = gpt_config(config.preset, corpus.vocab_size)
-    if config.init_from:
+    if config.init_from:  # before the run folder is made
         with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
             empty_model(shape).load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
     require(threads is None or threads >= 1, f"threads must be at least 1, got {threads}")
     require(eval_interval >= 0, f"eval_interval must be at least 0, got {eval_interval}")
     require(state_seconds >= 0, f"state_seconds must be at least 0, got {state_seconds}")
     spaced = " " in torch.__file__  # torch.compile calls the compiler without quoting its folder
-    require(not (compile and spaced), f"torch.compile fails with a space in {torch.__file__}; "
-            "leave --compile out")
+    require(not (compile and spaced), "torch.compile fails where torch's folder has a space in its "
+            f"name: {torch.__file__}; leave --compile out")
     compile = device.type == "cuda" and not spaced if compile is None else compile
 
     with contextlib.ExitStack() as stack:
@@ -839,7 +865,9 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             return folder
 
         # set-up: the network, its optimizer and averages; or as an interrupted run had them
-        saved = resume.exists() and torch.load(resume, map_location=device, weights_only=True)
+        saved = None
+        if resume.exists():
+            saved = torch.load(resume, map_location=device, weights_only=True)
         if saved or threads:  # with another number of threads, sums may round differently
             torch.set_num_threads(saved["threads"] if saved else threads)
         net = GPT(shape, config.seed).to(device)
@@ -864,6 +892,10 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         if compile:
             torch.compiler.reset()  # the run before in this process had another network
             network = torch.compile(network)
+        if rank == 0:
+            start_table(folder / "metrics.csv", "step,tokens,lr,loss,grad_norm", done)
+        if rank == 0 and eval_interval:
+            start_table(folder / "val.csv", "step,loss", done)
 
         pool = stack.enter_context(ThreadPoolExecutor(1))  # files are written behind the training
         writing = None
@@ -890,9 +922,6 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             disable=rank > 0 or not bar))
         board = None
         if rank == 0:
-            start_table(folder / "metrics.csv", "step,tokens,lr,loss,grad_norm", done)
-            if eval_interval:
-                start_table(folder / "val.csv", "step,loss", done)
             with contextlib.suppress(ImportError):  # TensorBoard may not be installed
                 from torch.utils.tensorboard import SummaryWriter
                 board = SummaryWriter(folder / "tb", purge_step=done + 1)
@@ -932,8 +961,9 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                         f"{folder.name}: loss {loss}, gradient norm {norm} at step {step}, rate "
                         f"{lr:.2e}; lower --lr {config.lr:g}; what was saved before is kept")
                 if board:
-                    for name, value in (("loss", loss), ("rate", lr), ("gradient norm", norm)):
-                        board.add_scalar(name, value, step)
+                    board.add_scalar("loss", loss, step)
+                    board.add_scalar("rate", lr, step)
+                    board.add_scalar("gradient norm", norm, step)
             if rank == 0:
                 append(folder / "metrics.csv", rows)
             shown.postfix = f"loss {loss:.3f}"
@@ -981,6 +1011,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     return folder
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
+
 
 BLOCKS = 128  # validation blocks by default
 SMALL = 1 << 24  # parameters: a CPU evaluates models up to this size side by side, a core for each
@@ -1056,12 +1087,14 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     Args: run: a run folder, or with `model` and `corpus` what `lawa_core.open_trajectory` takes
         schemes: {label: scheme, or the text of an average kept while training}
         at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
-        model: an empty one of the right shape, into which load(model, state) copies each average
+        model: an empty one of the right shape, the only one used; its weights are overwritten
+        load: load(model, state) copies an average into it, default load_state_dict
         each: each(step, label, state) is called before an evaluation
         cache: a .npz, one per n_blocks; default eval_<n_blocks>.npz in a run folder, else none
-    Returns rows as built at the end: loss in nats per token with its standard error over blocks,
-    bpb in bits per byte of text, gain = run minus average on the same blocks (positive is good),
-    losses and gains (n_blocks,) float64. The run itself is "run".
+    Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se",
+    "n_blocks", "losses", "gains"}: loss in nats per token with its standard error over blocks, bpb
+    in bits per byte of text, gain = run minus average on the same blocks (positive is good); losses
+    and gains: (n_blocks,) float64, one per block. The run itself is "run".
     """
     device = pick_device(device)
     if model is None:
@@ -1140,6 +1173,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
 
 # ---- 8. Text -------------------------------------------------------------------------------------
 
+
 @torch.inference_mode()
 def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: int = 200,
            temperature: float = 0.8, seed: int = 0) -> str:
@@ -1170,30 +1204,36 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
 PAPER = {"corpus": "openwebtext", "max_iters": 70_000, "warmup_iters": 2000, "seeds": "0", "k": 5,
          "n_blocks": 512, "averages": "ema(0.9); ema(0.999)"}
 SCALES = {
-    "smoke": {"preset": "nano", "corpus": "stdlib", "lrs": "1e-3,1e-2", "max_iters": 200,
-        "batch_size": 8, "warmup_iters": 20, "ckpt_interval": 10, "seeds": "0,1", "k": 3,
-        "spacing": 10, "wide": 20, "n_blocks": 64, "averages": "ema(0.9); ema(0.98); lawa(3, 1)"},
-    "laptop": {"preset": "nano", "corpus": "stdlib", "lrs": "1e-3,3e-3,1e-2", "max_iters": 10_000,
+    "smoke": {
+        "preset": "nano", "corpus": "stdlib", "lrs": "1e-3,1e-2", "max_iters": 200, "batch_size": 8,
+        "warmup_iters": 20, "ckpt_interval": 10, "seeds": "0,1", "k": 3, "spacing": 10, "wide": 20,
+        "n_blocks": 64, "averages": "ema(0.9); ema(0.98); lawa(3, 1)"},
+    "laptop": {
+        "preset": "nano", "corpus": "stdlib", "lrs": "1e-3,3e-3,1e-2", "max_iters": 10_000,
         "batch_size": 8, "warmup_iters": 300, "ckpt_interval": 25, "averages_interval": 100,
         "seeds": "0,1,2,3,4", "k": 5, "spacing": 25, "wide": 100, "n_blocks": 512,
         "averages": "ema(0.9); ema(0.98); ema(0.995); lawa(5, 1); lawa(5, 5)"},
-    "gpu-hour": {**PAPER, "preset": "midi", "lrs": "6e-4,1.8e-3,6e-3", "max_iters": 10_000,
+    "gpu-hour": {
+        **PAPER, "preset": "midi", "lrs": "6e-4,1.8e-3,6e-3", "max_iters": 10_000,
         "warmup_iters": 300, "batch_size": 32, "gradient_accumulation_steps": 4,
         "ckpt_interval": 50, "averages_interval": 100, "spacing": 50, "wide": 200},
-    "gpt2-small": {**PAPER, "preset": "gpt2-small", "lrs": "6e-4,6e-3", "batch_size": 16,
+    "gpt2-small": {
+        **PAPER, "preset": "gpt2-small", "lrs": "6e-4,6e-3", "batch_size": 16,
         "gradient_accumulation_steps": 24, "ckpt_interval": 200, "averages_interval": 1000,
         "spacing": 200, "wide": 1000},
-    "gpt2-medium": {**PAPER, "preset": "gpt2-medium", "lrs": "3e-4,3e-3", "batch_size": 12,
+    "gpt2-medium": {
+        **PAPER, "preset": "gpt2-medium", "lrs": "3e-4,3e-3", "batch_size": 12,
         "gradient_accumulation_steps": 12, "ckpt_interval": 2000, "spacing": 2000, "wide": 2000},
-    "gpt2-large": {**PAPER, "preset": "gpt2-large", "lrs": "2e-4,2e-3", "batch_size": 8,
-        "min_lr_frac": 0.005, "gradient_accumulation_steps": 6, "ckpt_interval": 1000,
-        "spacing": 1000, "wide": 1000},
+    "gpt2-large": {
+        **PAPER, "preset": "gpt2-large", "lrs": "2e-4,2e-3", "batch_size": 8, "min_lr_frac": 0.005,
+        "gradient_accumulation_steps": 6, "ckpt_interval": 1000, "spacing": 1000, "wide": 1000},
 }
 
 
 def scale_values(name: str) -> dict:
     require(name in SCALES, f"scale must be one of {', '.join(SCALES)}, got {name!r}")
-    return SCALES[name] | {"lr": float(SCALES[name]["lrs"].split(",")[0])}  # the usual rate
+    usual = float(SCALES[name]["lrs"].split(",")[0])
+    return SCALES[name] | {"lr": usual}
 
 
 def scale_config(values, **given) -> Config:
@@ -1202,6 +1242,7 @@ def scale_config(values, **given) -> Config:
     return Config(**{name: value for name, value in {**values, **given}.items() if name in names})
 
 # ---- 10. Command line ----------------------------------------------------------------------------
+
 
 EXAMPLES = """examples
   python model.py train --preset micro --corpus stdlib --lr 1e-3 --max_iters 200 --seed 0
@@ -1213,7 +1254,7 @@ saved (the same command goes on)"""
 TRAIN = (  # options that do not change the numbers: name, type, default, help
     ("out_dir", str, None, "the run folder (default: runs/<corpus>-<preset>-<hash>)"),
     ("device", str, "auto", "cpu, cuda, mps (default: the best there is)"),
-    ("threads", int, None, "CPU threads (default: torch's choice; an interrupted run: its own)"),
+    ("threads", int, None, "CPU threads (default: torch's choice)"),
     ("eval_interval", int, 0, "steps between validation losses, in val.csv (default: none)"),
     ("state_seconds", float, 30.0, "seconds between states, written at checkpoints (default 30)"),
     ("state_at", str, "", 'steps whose state stays as state_<step>.pt, e.g. "500,750"'),
@@ -1272,9 +1313,12 @@ def main(argv=None) -> int:
         else:
             args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
             print(sample(**args))
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except KeyboardInterrupt:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
-        return 143 if isinstance(stop, SystemExit) else 130
+        return 130
+    except SystemExit:
+        print("terminated, state saved; the same command goes on", file=sys.stderr)
+        raise
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1

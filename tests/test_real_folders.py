@@ -416,7 +416,6 @@ def test_an_output_folder_is_a_folder_of_its_kind(command, tmp_path):
     for step in STEPS:
         folder = tmp_path / "run" / f"checkpoint-{step}"
         put(folder / "adapter_model.safetensors", drawn(step))
-        put(folder / "pytorch_model.bin.index.json", {"weight_map": {"w": "gone.bin"}})
         for name in KEPT + NOT_KEPT:
             (folder / name).write_text("{}")
     command.good("average", tmp_path / "run", "-o", tmp_path / "out")
@@ -424,6 +423,34 @@ def test_an_output_folder_is_a_folder_of_its_kind(command, tmp_path):
     assert names == sorted(["adapter_model.safetensors", *KEPT])
     got = ref.read_safetensors(tmp_path / "out" / "adapter_model.safetensors")[0]
     assert_mean(got, [drawn(s) for s in STEPS])
+
+
+@pytest.mark.parametrize(
+    ("name", "stale", "written"),
+    [
+        ("pytorch_model.bin", None, "model.safetensors"),
+        ("pytorch_model.bin", INDEX, "model.safetensors"),
+        (INDEX, None, "model.safetensors"),
+        ("pytorch_model.bin.index.json", None, "model.safetensors"),
+        ("adapter_model.bin", None, "adapter_model.safetensors"),
+        ("adapter_model.safetensors", INDEX, "adapter_model.safetensors"),
+        ("adapter_model.bin", "pytorch_model.bin.index.json", "adapter_model.safetensors"),
+        ("diffusion_pytorch_model.bin", None, "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_an_output_folder_has_the_file_that_its_library_loads(
+    name, stale, written, command, tmp_path
+):
+    """`stale`: an index whose shards are gone."""
+    for step in STEPS:
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        put_weights(folder, name, step)
+        if stale:
+            put(folder / stale, {"weight_map": {"w": "gone.bin"}})
+    command.good("average", tmp_path / "run", "-o", tmp_path / "out")
+    (weights,) = (tmp_path / "out").iterdir()
+    assert weights.name == written
+    assert_mean(ref.read_safetensors(weights)[0], [S(s) for s in STEPS])
 
 
 class Tied(nn.Module):
