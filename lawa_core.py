@@ -410,12 +410,12 @@ FOREIGN = {  # what is not read: how to make of it what is
     ".index.json": "give the folder that it lies in",
 }
 # The weights of a Hugging Face folder, in the order in which transformers looks for them.
-WEIGHTS = tuple(f"{stem}{end}" for stem, ends in {
-    "model": (".safetensors", ".safetensors.index.json"),
-    "pytorch_model": (".bin", ".bin.index.json"),
-    "adapter_model": (".safetensors", ".bin"),
-    "diffusion_pytorch_model": (".safetensors", ".safetensors.index.json", ".bin"),
-}.items() for end in ends)
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_model.safetensors", "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin")
 COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe", "vocab*",
           "merges*")  # beside the weights
 NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
@@ -1017,16 +1017,18 @@ AFTER = {kind: re.compile(rf"(?<![a-z])(?:{words})s?[-_=. ]?{NUMBER}(?![a-z\d]|[
          for kind, words in KEYS.items()}
 BEFORE = {kind: re.compile(rf"(?<![a-z\d.,]){NUMBER}[-_]?(?:{words})s?(?![a-z])")
           for kind, words in KEYS.items()}
-# What else has a number: any other word with =, durations, metrics, hyper-parameters, parts
+WORDS = f"(?:{'|'.join(KEYS.values())})s?"
 METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
-WORDS = "|".join(KEYS.values())
-NOISE = re.compile(
-    rf"(?<![a-z])(?!(?:{WORDS})s?=)[a-z]+=-?[\d.]+(?:e[-+]?\d+)?|\d+-of-\d+|"
-    rf"(?<![a-z])(?:(?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_(?:{WORDS})s?|"
-    rf"{METRICS}|[a-z]*(?:rank|seed|size|tokens?)|lr|wd|bs|f1|top\d|"
-    r"auc|map|iou|fid|tp|pp|dp|v|version|stage|phase|part|shard|fold|run|exp|trial|beta|dropout|"
-    r"warmup|consolidated|fsdp)"
-    r"[-_.=]?[-+]?\d{1,5}(?:\.\d+)*(?:e[-+]?\d+)?[a-z]?(?![a-z\d])")
+NOISE = re.compile(rf"""
+    (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
+    | \d+-of-\d+                                              # parts
+    | (?<![a-z]) (?:
+        (?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_{WORDS}
+        | {METRICS} | [a-z]*(?:rank|seed|size|tokens?)
+        | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid
+        | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
+    ) [-_.=]? [-+]?\d{{1,5}} (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])
+    """, re.VERBOSE)
 # Averages, and links to one of the others: their number is of something else
 AVERAGES = re.compile(
     r"(?<![a-z])(?:best|last|latest|avg|ave|average|averaged|swa|ema|soup|merged)(?![a-z])")
@@ -1130,7 +1132,6 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     """
     if isinstance(source, Trajectory):
         return source
-    folder = None
     if isinstance(source, (str, os.PathLike)):
         kind, _, rest = str(source).partition(":")
         if kind in SOURCES:
@@ -1138,58 +1139,32 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         if kind == "hub":
             raise LawaError(f"{source}: the Hub is reached by the command `lawa`, or after "
                             "`import lab.hub`; this file alone reads local checkpoints")
-        path, name = Path(source), Path(source).name
-        paths = [path]
-        if not path.exists():
-            paths = [match for match in map(Path, sorted(glob.glob(str(source))))
-                     if weights_in(match)]
-        elif path.is_dir():
-            folder = path
-            paths = [p for p in sorted(path.iterdir()) if may_be_weights(p)]
+        name, paths = Path(source).name, [Path(source)]
+        if paths[0].is_dir():
+            paths = inside_run(paths[0], step_regex)
+        elif not paths[0].exists():
+            paths = [path for path in map(Path, sorted(glob.glob(str(source)))) if weights_in(path)]
     else:
-        paths, name = [Path(path) for path in source], "the list"
-    if step_regex is not None:
-        with explained(f"--step-regex {step_regex!r}: expected a pattern with one group"):
-            found = [re.search(step_regex, path.as_posix()) for path in paths]
-            readings = [("", [int(match[1])] if match else []) for match in found]
-    else:
-        common = os.path.commonpath([path.absolute().parent for path in paths] or ["/"])
-        readings = [read_path(path.absolute().relative_to(common)) for path in paths]
-    if folder:
-        within = []
-        for path, reading in zip(paths, readings, strict=True):
-            # a folder that holds no weights itself may be anything, unless it names a step
-            clear = (reading[0] or step_regex or path.is_file() or path.name.isdigit()
-                     or is_checkpoint(path))
-            if reading[1] and clear and weights_in(path):
-                within.append((path, reading))
-        of_a_run = read_name(folder.absolute().name)[0] and is_checkpoint(folder)
-        if within and not of_a_run:
-            paths, readings = map(list, zip(*within, strict=True))
-        else:
-            inside = weights_in(folder)
-            paths = [inside] if inside else []
-    if folder and not paths:
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in FOREIGN:
-                open_file(path, key)  # which says what to do with it
+        name, paths = "the list", [Path(path) for path in source]
     if not paths:
         raise LawaError(f"no checkpoints in {source}; expected files such as "
                         f"{checkpoint_name(1000)} or folders such as step1000/")
     if steps is not None:
-        if folder or len(steps) != len(paths):
+        if isinstance(source, (str, os.PathLike)) or len(steps) != len(paths):
             raise LawaError(f"--steps gives one step for each path of a list, got {len(steps)} for "
-                            f"{'a folder' if folder else len(paths)}")
+                            f"{source if isinstance(source, (str, os.PathLike)) else len(paths)}")
         readings = [("", [int(step)]) for step in steps]
-    elif len(paths) == 1 and (step := step_of(paths[0])) is None:
-        readings = [("", [1])]
-    elif len(paths) == 1:
-        readings = [("", [step])]
+    elif len(paths) == 1 and step_regex is None:
+        step = step_of(paths[0])
+        readings = [("", [1 if step is None else step])]
+    else:
+        readings = read_steps(paths, step_regex)
     if any(len(found) != 1 for _, found in readings) or len({kind for kind, _ in readings}) > 1:
         common = os.path.commonpath([path.absolute().parent for path in paths])
-        told = [f"{path.absolute().relative_to(common)} {' or '.join(map(str, found)) or 'none'}"
-                f"{f' ({kind})' * bool(kind)}"
-                for path, (kind, found) in zip(paths, readings, strict=True)]
+        told = []
+        for path, (kind, found) in zip(paths, readings, strict=True):
+            words = " or ".join(map(str, found)) or "none"
+            told.append(f"{path.absolute().relative_to(common)} {words} {kind}".rstrip())
         raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
                         f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
                         r"list of paths in their order, or --step-regex 'name_(\d+)'")
@@ -1199,6 +1174,35 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
             raise LawaError(f"two checkpoints for step {step}: {found[step]} and {path}; keep one")
         found[step] = path
     return Trajectory({step: weights_in(path) or path for step, path in found.items()}, name, key)
+
+
+def read_steps(paths, step_regex: str | None) -> list[tuple[str, list[int]]]:
+    """As `read_path` for each path, or (nothing, what group 1 of the pattern found)."""
+    if step_regex is None:
+        common = os.path.commonpath([path.absolute().parent for path in paths] or ["/"])
+        return [read_path(path.absolute().relative_to(common)) for path in paths]
+    with explained(f"--step-regex {step_regex!r}: expected a pattern with one group"):
+        found = [re.search(step_regex, path.as_posix()) for path in paths]
+        return [("", [int(match[1])] if match else []) for match in found]
+
+
+def inside_run(folder: Path, step_regex: str | None) -> list[Path]:
+    """What in a run folder is named by a step and holds weights; else the one checkpoint it is."""
+    paths = [path for path in sorted(folder.iterdir()) if may_be_weights(path)]
+    named = []
+    for path, (kind, steps) in zip(paths, read_steps(paths, step_regex), strict=True):
+        # a folder that is no checkpoint itself may be anything, unless it names a step
+        clear = path.is_file() or is_checkpoint(path) or path.name.isdigit()
+        if steps and (kind or step_regex or clear) and weights_in(path):
+            named.append(path)
+    of_a_run = is_checkpoint(folder) and read_name(folder.absolute().name)[0]
+    if named and not of_a_run:
+        return named
+    inside = weights_in(folder)
+    for path in [] if inside else sorted(folder.iterdir()):
+        if path.suffix.lower() in FOREIGN:
+            open_file(path, None)  # which says what to do with it
+    return [inside] if inside else []
 
 
 def may_be_weights(path: Path) -> bool:
@@ -1940,16 +1944,25 @@ EXAMPLES = """examples
   lawa average runs/my-run -k 5 --spacing 1000 -o avg.safetensors
   lawa average runs/my-run --scheme "ema(beta=0.99)" --at 20000 --dtype BF16 -o hf-folder
   lawa sweep runs/my-run --scheme "lawa(5, 1000)" --scheme "decay(5000)" --every 1000 -o averages
+  lawa average "out/checkpoint-*/unet" --blend 0.5 -o avg        half average, half newest
+  lawa average a.pt b.pt c.pt --steps 100,200,300 -o avg.pt      where names do not tell the steps
   lawa search runs/my-run --command "python validate.py {}"      prints the loss, or one per block
   lawa export averages/lawa/ckpt_20000.safetensors --like hf-folder -o new-hf-folder
 
-schemes (steps are read from the names; spacing, every, start, window are in steps)
+schemes (spacing, every, start, window are in steps)
   lawa(k=5, spacing=100)              the mean of the k latest, spacing apart; else the k latest
   swa(start=0, every=10)              the mean of all since start
   ema(beta=0.99)                      e <- beta e + (1 - beta) w over the checkpoints
+  ema(half_life=5%)                   forgets half in 5% of the steps so far; or in 500 steps
   decay(window=1000, shape='1-sqrt')  acts like a learning-rate decay; also linear, cosine
   explicit([0.2, 0.8])                these weights, the last for the newest, divided by their sum
   newest                              one checkpoint as it is
+
+steps are read from the names of files and folders, never from their order: the number beside step,
+iter, ckpt, checkpoint, or else epoch (checkpoint-500, iter_0000500, epoch=3-step=500, 12epoch,
+step_1k), or the only bare number (model_00500). Metrics, rates, seeds, versions, parts, hashes and
+names of averages (best, last, ema) are none. What can be read in two ways is refused, and told with
+--steps 100,200 or --step-regex. docs/formats.md has a table of tools.
 
 Inputs are never changed. Names and shapes must agree; floats are averaged in double precision and
 rounded once; integers come from the newest; tied tensors stay tied. NaN, Inf, identical checkpoints
@@ -2064,8 +2077,8 @@ def inspect(trajectory: Trajectory) -> dict:
                      "parameters": sum(stored.numel for stored in set(checkpoint.data.values())),
                      "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": norm,
                      "moved": math.sqrt(changes[step]) / norm if rows and norm else None})
-    notes = [note for name, note in WRONG_REVISIONS.items()
-             if name in f"{trajectory.name} {trajectory.config_dir()}".lower()]
+    where = " ".join([trajectory.name, *(str(c.path) for c in opened.values())]).lower()
+    notes = [note for name, note in WRONG_REVISIONS.items() if name in where]
     return {"trajectory": trajectory.name, "checkpoints": rows, "problems": problems,
             "notes": notes}
 

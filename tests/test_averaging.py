@@ -742,11 +742,11 @@ def test_tiles_smaller_than_anything(tile, tmp_path):
     make = {
         torch.float64: lambda s: {
             "w": torch.arange(7.0, dtype=torch.float64) * s,
-            "e": torch.zeros(0),
+            "e": torch.zeros(0, 2),
         },
         torch.bfloat16: lambda s: {
             "w": torch.arange(7.0, dtype=torch.bfloat16) * s,
-            "e": torch.zeros(0),
+            "e": torch.zeros(0, 2),
         },
     }
     for dtype, build in make.items():
