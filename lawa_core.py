@@ -148,6 +148,8 @@ class Scheme:
     def __post_init__(self):
         counts = ("k", "spacing", "every", "window")
         positive(**{name: getattr(self, name) for name in counts if hasattr(self, name)})
+        if not isinstance(getattr(self, "start", 0), int):
+            raise LawaError(f"start must be a step, a whole number, got {self.start!r}")
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay,
 def parse_scheme(text: str):
     """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, not run."""
     try:
-        shares = re.sub(r"(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # 5% is no Python
+        shares = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # no Python
         call = ast.parse(shares, mode="eval").body
         if not isinstance(call, ast.Call):
             return SCHEMES[call.id]()
@@ -409,6 +411,7 @@ FOREIGN = {  # what is not read: how to make of it what is
     ".distcp": "give the folder that it lies in",
     ".index.json": "give the folder that it lies in",
 }
+SLIPS = (".json", ".zip", ".pkl", ".pickle", ".th", ".t7", ".gz", ".bak", ".pdparams")  # no folders
 # The weights of a Hugging Face folder, in the order in which transformers looks for them.
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json",
@@ -420,11 +423,12 @@ COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe"
           "merges*")  # beside the weights
 NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
 NOT_WEIGHTS = re.compile(  # names of files, folders and groups of tensors
-    r"(?<!model_)(?<!model_and_)optim|sched|scaler|(?<!optim_)rng|training_args|trainer|resume|"
-    r"dataloader|^(train(_state)?|other)(\.pt)?$|^state_\d+\.pt$|\.index\.json$|^\.", re.IGNORECASE)
+    r"(?<!model_)(?<!model_and_)optim|sched|(?<!up)scaler|(?<!optim_)rng|training_args|trainer|"
+    r"dataloader|^resume(?![a-z])|^opt$|^(train(_state)?|other)(\.pt)?$|^state_\d+\.pt$|\.index\.json$|"
+    r"^tmp[-_]|^\.", re.IGNORECASE)
 WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
 # One file of a model that was split over several.
-PART = re.compile(r"(?<![a-z])(?:rank|tp|pp|shard|part|consolidated)[-_.]?(\d+)|"
+PART = re.compile(r"(?<![a-z])(?:rank|tp|pp|dp|fsdp|shard|part|layer|consolidated)[-_.]?(\d+)|"
                   r"(\d+)-of-(?!0*1\b)\d+", re.IGNORECASE)
 SCALES = re.compile(r"(scales?|scale_inv|SCB|absmax)$")  # of quantised weights
 STAMP = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of os.stat: changes when its file does
@@ -536,8 +540,8 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
             raise LawaError(f"{path}: {name} has shape [0], a placeholder of sharded training; put "
                             "the model together first (DeepSpeed: zero_to_fp32.py; FSDP: save the "
                             "full state dict)")
-        integer = stored.dtype in ("I8", "U8", "I32") and len(stored.shape) > 1
-        if integer and name.rpartition(".")[0] in scaled:
+        integer = stored.dtype not in (*FLOATS, "BOOL", "I64") and len(stored.shape) > 1
+        if integer and scaled & {name, name.rpartition(".")[0]}:
             raise LawaError(f"{path}: {name} is quantised ({stored.dtype} with scales beside it), "
                             "which cannot be averaged; average the checkpoints it was made from")
     return found
@@ -545,24 +549,31 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
 
 def whole_model(path: Path) -> None:
     """Refuse a file or folder that is one of the parts of a split model."""
-    found = PART.search(path.name)
-    if not found and PART.search(path.parent.name):  # mp_rank_00/model_optim_rng.pt
-        path, found = path.parent, PART.search(path.parent.name)
-    if found and found[2] and path.is_file():
-        raise LawaError(f"{path} is one of several parts of a model; give the folder they are in")
-    if found and found[1]:
-        before, after = path.name[:found.start(1)], path.name[found.end(1):]
-        for other in path.absolute().parent.iterdir():
-            rank = other.name.removeprefix(before).removesuffix(after)
-            if rank.isdigit() and other.name == before + rank + after != path.name:
-                raise LawaError(f"{path} is one rank's part of a model that was split, {other.name}"
-                                " is another; put them together first with what trained it (for "
-                                "DeepSpeed its zero_to_fp32.py)")
+    if path.is_file() and "-of-" in path.name and PART.search(path.name):
+        raise LawaError(f"{path} is one of several parts of a model; give the folder with them "
+                        "and their index")
+    for level in (path, *path.parents[:2]):  # such as tp_rank_0/weights/model.pt
+        if read_name(level.name)[0]:  # a step's folder
+            return
+        for found in PART.finditer(level.name):
+            before, after = level.name[:found.start(1)], level.name[found.end(1):]
+            for other in level.absolute().parent.iterdir() if found[1] else ():
+                rank = other.name.removeprefix(before).removesuffix(after)
+                if rank.isdigit() and other.name == before + rank + after != level.name:
+                    raise LawaError(
+                        f"{level} is one rank's part of a model that was split, {other.name} is "
+                        "another; put them together first with what trained it (for DeepSpeed its "
+                        "zero_to_fp32.py)")
 
 
 def open_file(path: Path, key: str | None) -> Checkpoint:
     """A file by its name's ending."""
+    with open(path, "rb") as file:
+        if file.read(19) == b"version https://git":
+            raise LawaError(f"{path} is a pointer of git-lfs, not the file; run git lfs pull")
     if path.suffix == ".safetensors":
+        if key not in (None, "."):
+            raise LawaError(f"{path} has no keys to choose from, got --key {key}; leave it out")
         return open_safetensors(path)
     for end, advice in FOREIGN.items():
         if path.name.lower().endswith(end):
@@ -606,7 +617,10 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
         raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
     whole = Checkpoint(path, {name: s for name, s in stored.items() if not is_buffer(name, s)},
                        metadata)
+    others = [p.name for p in sorted(path.iterdir()) if p.name not in files and may_be_weights(p)
+              and (is_checkpoint(p) if p.is_dir() else "-of-" not in p.name)]
     whole.left_out = [f"{name} (a buffer)" for name in stored if name not in whole]
+    whole.left_out += [f"{name} (not the model's own file)" for name in others]
     return whole
 
 
@@ -662,7 +676,8 @@ def open_safetensors(path: Path) -> Checkpoint:
                                 f"there are {size}; copy it again")
         # ours, and those of safetensors.torch.save_model, {name left out: name kept}
         ties = {name: kept for name, kept in metadata.items() if "." in name}
-        ties |= json.loads(metadata.get("ties", "{}"))
+        with contextlib.suppress(ValueError, TypeError):
+            ties |= json.loads(metadata.get("ties", "{}"))
         stored |= {name: stored[kept] for name, kept in ties.items() if kept in stored} | stored
     return Checkpoint(path, stored, metadata)
 
@@ -672,7 +687,8 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     import torch
     try:
         mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a trainer's arguments
+        with (warnings.catch_warnings(action="ignore"),
+              torch.serialization.safe_globals([argparse.Namespace])):  # a trainer's arguments
             blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
@@ -684,11 +700,12 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
             reason = "no file of tensors"
         with open(path, "rb") as file:
             begins = file.read(4)
-        advice = "expected what torch.save writes"
+        advice = "expected what torch.save writes of a state dict"
         if begins == b"GGUF":
             advice = FOREIGN[".gguf"]
         if not begins or begins.startswith((b"PK", b"\x80")):  # as torch.save's files begin
-            advice = "copy it again"
+            script = "TorchScript" in str(error)
+            advice = "save its state_dict() alone" if script else "copy it again"
         raise LawaError(f"{path}: no readable torch checkpoint ({reason}); {advice}") from None
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
@@ -715,16 +732,22 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
 
 def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
-    import torch
     if len(set(map(str, tree))) < len(tree):
         raise LawaError(f"{origin} holds a name as text and as a number; rename one")
     for name, value in tree.items():
-        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        if isinstance(value, (list, tuple)) and holds_tensors(value):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
             yield from leaves(value, origin, (*above, str(name)))
         else:
             yield (*above, str(name)), value
+
+
+def holds_tensors(value) -> bool:
+    import torch
+    inside = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (Mapping, list, tuple)) and any(map(holds_tensors, inside)))
 
 
 def weights_of(tensors, key: str | None, origin):
@@ -738,7 +761,7 @@ def weights_of(tensors, key: str | None, origin):
     known = [name for name in ("current_model_state", *NESTED) if name in groups]
     others = [name for name in groups if not NOT_WEIGHTS.search(name)]
     prefix = None
-    if key:
+    if key is not None:
         for keys in ((key,), tuple(key.split("."))) if key != "." else ((),):
             if any(place[:len(keys)] == keys != place for place in tensors):
                 prefix = keys
@@ -751,7 +774,7 @@ def weights_of(tensors, key: str | None, origin):
         held += [place[0] for place in tensors if len(place) == 1][:6]
         offer = [(name,) for name in known or others or groups]
         offer += [place[:2] for place in tensors if len(place) > 2 and place[1] in NESTED]
-        what = f"a state dict under {key!r}" if key else f"one of {', '.join(NESTED)}"
+        what = f"a state dict under {key!r}" if key is not None else f"one of {', '.join(NESTED)}"
         if offer:
             what += f"; say which with --key {'.'.join(offer[-1])}, or --key . for all"
         raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}")
@@ -989,6 +1012,15 @@ def companions(folder) -> list[Path]:
     return [path for path in sorted(found) if path.is_file() and not NOT_WEIGHTS.search(path.name)]
 
 
+def config_of(folder: Path) -> dict:
+    """The config.json of a Hugging Face folder; empty without one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    with explained(f"{path}: expected a JSON object; mend it, or give a folder with --like"):
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")).items())
+
+
 def sidecar(path: Path) -> Path:
     """Where an averaged .pt, which has no header, keeps its provenance."""
     return path.with_name(f"{path.name}.lawa.json")
@@ -1012,11 +1044,11 @@ KEYS = {
     "checkpoint": r"checkpoint|ckpt",
     "epoch": r"epoch|ep",
 }
-NUMBER = r"(\d{1,18}(?:e\d{1,2}|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4
+NUMBER = r"(\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4, 1e+06
 AFTER = {kind: re.compile(rf"(?<![a-z])(?:{words})s?[-_=. ]?{NUMBER}(?![a-z\d]|[.,]\d)")
          for kind, words in KEYS.items()}
 BEFORE = {kind: re.compile(rf"(?<![a-z\d.,]){NUMBER}[-_]?(?:{words})s?(?![a-z])")
-          for kind, words in KEYS.items()}
+          for kind, words in (KEYS | {"step": "step|iteration|iter|update"}).items()}
 WORDS = f"(?:{'|'.join(KEYS.values())})s?"
 METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
 NOISE = re.compile(rf"""
@@ -1025,16 +1057,16 @@ NOISE = re.compile(rf"""
     | (?<![a-z]) (?:
         (?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_{WORDS}
         | {METRICS} | [a-z]*(?:rank|seed|size|tokens?)
-        | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid
+        | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
         | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
-    ) [-_.=]? [-+]?\d{{1,5}} (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])
+    ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])
     """, re.VERBOSE)
 # Averages, and links to one of the others: their number is of something else
 AVERAGES = re.compile(
     r"(?<![a-z])(?:best|last|latest|avg|ave|average|averaged|swa|ema|soup|merged)(?![a-z])")
 OTHER = re.compile(  # decimals and hashes
-    r"\d+\.\d+(?![km\d])|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}|"
-    r"(?<![a-z\d])(?=\d*[a-f])(?=[a-f]*\d)[\da-f]{7,40}(?![a-z\d])")
+    r"\d+\.\d+(?![kme\d])|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}|"
+    r"(?<![a-z\d])(?=[\da-f]*\d[a-f])[\da-f]{7,40}(?![a-z\d])")
 
 
 def read_name(name: str) -> tuple[str, list[int]]:
@@ -1045,27 +1077,30 @@ def read_name(name: str) -> tuple[str, list[int]]:
     if AVERAGES.search(stem):
         return "", []
     stem = NOISE.sub("~", stem)
-    for patterns in (AFTER, BEFORE):
-        for kind, pattern in patterns.items():
-            found = []
-            for match in pattern.finditer(stem):
-                more = re.match(rf"[-_]{NUMBER}(?![a-z\d.])", stem[match.end():])
-                if more and match[0].startswith("checkpoint_"):  # fairseq's epoch and update
-                    return "step", [number(more[1])]
-                found += map(number, (match[1], more[1]) if more else (match[1],))
-            if found:
-                return kind, sorted(set(found))
-    alone = re.findall(rf"(?<![a-z\d]){NUMBER}(?![a-z\d])", OTHER.sub("~", stem))
-    found = alone or re.findall(r"(?<![a-z\d])[a-z]+(\d+)(?![a-z\d])", OTHER.sub("~", stem))
+    rest = stem  # without what AFTER finds: in epoch=1-step=500 no 1 is in front of a step
+    for pattern in AFTER.values():
+        rest = pattern.sub("~", rest)
+    for kind in KEYS:
+        found = []
+        for match in AFTER[kind].finditer(stem):
+            more = re.match(r"(?:[-_]\d+)*(?![a-z\d.])", stem[match.end():])
+            found += map(number, (match[1], *re.findall(r"\d+", more[0] if more else "")))
+            if match[0].startswith("checkpoint_") and len(found) == 2 and found[0] <= found[1]:
+                return "step", [found[1]]  # fairseq's epoch and update
+        found = found or [number(match[1]) for match in BEFORE[kind].finditer(rest)]
+        if found:
+            return kind, sorted(set(found))
+    rest = OTHER.sub("~", stem)
+    alone = re.findall(rf"(?<![a-z\d%]){NUMBER}(?![a-z\d])", rest)
+    found = alone or re.findall(r"(?<![a-z\d])[a-z]+(\d+)(?![a-z\d])", rest)
     return "", sorted(set(map(number, found)))
 
 
 def number(text: str) -> int:
-    """10k is 10,000, 1.5M is 1,500,000, 1e4 is 10,000."""
-    if text[-1] in "km":
-        return round(float(text[:-1]) * {"k": 1e3, "m": 1e6}[text[-1]])
-    digits, _, zeros = text.partition("e")
-    return int(digits) * 10 ** int(zeros or 0)
+    """10k is 10,000, 1.5M is 1,500,000, 1e4 and 1e+04 are 10,000."""
+    if text.isdigit():
+        return int(text)
+    return round(float(text.rstrip("km")) * {"k": 1e3, "m": 1e6}.get(text[-1], 1))
 
 
 def read_path(path: Path) -> tuple[str, list[int]]:
@@ -1092,6 +1127,7 @@ class Trajectory:
     `sources` maps a step to a path, or to a function that opens its checkpoint wherever it is.
     """
     allow: tuple | list = ()  # some of ALLOW
+    passed_over: list | tuple = ()  # names in the run folder that name no step, or hold no weights
 
     def __init__(self, sources: Mapping[int, Path | Callable], name="the list", key=None):
         self.sources, self.name, self.key = dict(sorted(sources.items())), name, key
@@ -1132,7 +1168,8 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     """
     if isinstance(source, Trajectory):
         return source
-    if isinstance(source, (str, os.PathLike)):
+    over = []
+    if isinstance(source, (str, os.PathLike)) and str(source):
         kind, _, rest = str(source).partition(":")
         if kind in SOURCES:
             return SOURCES[kind](rest)
@@ -1141,18 +1178,24 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
                             "`import lab.hub`; this file alone reads local checkpoints")
         name, paths = Path(source).name, [Path(source)]
         if paths[0].is_dir():
-            paths = inside_run(paths[0], step_regex)
+            paths, over = inside_run(paths[0], step_regex)
         elif not paths[0].exists():
-            paths = [path for path in map(Path, sorted(glob.glob(str(source)))) if weights_in(path)]
+            found = map(Path, sorted(glob.glob(str(source), recursive=True)))
+            paths = [path for path in found if weights_in(path)]
     else:
         name, paths = "the list", [Path(path) for path in source]
+        for path in paths:
+            if not path.exists():
+                raise LawaError(f"no such checkpoint: {path}")
     if not paths:
         raise LawaError(f"no checkpoints in {source}; expected files such as "
                         f"{checkpoint_name(1000)} or folders such as step1000/")
     if steps is not None:
-        if isinstance(source, (str, os.PathLike)) or len(steps) != len(paths):
-            raise LawaError(f"--steps gives one step for each path of a list, got {len(steps)} for "
-                            f"{source if isinstance(source, (str, os.PathLike)) else len(paths)}")
+        of_one = isinstance(source, (str, os.PathLike)) and not Path(source).is_file()
+        if of_one or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
+            raise LawaError("--steps gives a step of at least 0 for each path of a list, without "
+                            f"--step-regex; got {some(steps)} for "
+                            f"{source if of_one else f'{len(paths)} paths'}")
         readings = [("", [int(step)]) for step in steps]
     elif len(paths) == 1 and step_regex is None:
         step = step_of(paths[0])
@@ -1173,7 +1216,9 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         if step in found and not (path.exists() and path.samefile(found[step])):
             raise LawaError(f"two checkpoints for step {step}: {found[step]} and {path}; keep one")
         found[step] = path
-    return Trajectory({step: weights_in(path) or path for step, path in found.items()}, name, key)
+    run = Trajectory({step: weights_in(path) or path for step, path in found.items()}, name, key)
+    run.passed_over = over
+    return run
 
 
 def read_steps(paths, step_regex: str | None) -> list[tuple[str, list[int]]]:
@@ -1186,27 +1231,37 @@ def read_steps(paths, step_regex: str | None) -> list[tuple[str, list[int]]]:
         return [("", [int(match[1])] if match else []) for match in found]
 
 
-def inside_run(folder: Path, step_regex: str | None) -> list[Path]:
-    """What in a run folder is named by a step and holds weights; else the one checkpoint it is."""
+def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[str]]:
+    """(what in a run folder is named by a step and holds weights, the names of what else may hold
+    some); where nothing is, the one checkpoint that the folder is."""
     paths = [path for path in sorted(folder.iterdir()) if may_be_weights(path)]
-    named = []
+    named, over = {}, []
     for path, (kind, steps) in zip(paths, read_steps(paths, step_regex), strict=True):
         # a folder that is no checkpoint itself may be anything, unless it names a step
-        clear = path.is_file() or is_checkpoint(path) or path.name.isdigit()
-        if steps and (kind or step_regex or clear) and weights_in(path):
-            named.append(path)
-    of_a_run = is_checkpoint(folder) and read_name(folder.absolute().name)[0]
-    if named and not of_a_run:
-        return named
+        file = not path.is_dir()
+        clear = kind or step_regex or file or is_checkpoint(path) or path.name.isdigit()
+        if steps and clear and (weights_in(path) or not path.exists()):  # a dead link is an error
+            named[path] = steps
+        elif file or (kind and steps) or is_checkpoint(path):
+            over.append(path.name)
+    own = read_name(folder.absolute().name)[1]  # checkpoint-500/global_step500 is no run
+    if named and not (is_checkpoint(folder) and own in named.values()):
+        blank = functools.partial(re.sub, r"\d[\d.,]*(?:e\+?\d+)?[a-zA-Z]?(?![a-zA-Z])", "0")
+        for name in over:
+            if blank(name) in {blank(path.name) for path in named}:
+                raise LawaError(f"{folder / name} is named as those that have a step, but has none;"
+                                r" give a list with --steps, or --step-regex 'name_(\d+)'")
+        return list(named), over
     inside = weights_in(folder)
     for path in [] if inside else sorted(folder.iterdir()):
         if path.suffix.lower() in FOREIGN:
             open_file(path, None)  # which says what to do with it
-    return [inside] if inside else []
+    return [inside] if inside else [], []
 
 
 def may_be_weights(path: Path) -> bool:
-    return not NOT_WEIGHTS.search(path.name) and (path.is_dir() or path.suffix in SUFFIXES)
+    dead = path.is_symlink() and not path.exists()
+    return not NOT_WEIGHTS.search(path.name) and (path.is_dir() or path.suffix in SUFFIXES or dead)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -1223,15 +1278,18 @@ def weights_in(path: Path, depth: int = 2) -> Path | None:
         return None
     if path.is_file() or is_checkpoint(path):
         return path
-    inside = [p for p in sorted(path.iterdir()) if not AVERAGES.search(p.name.lower())]
-    found = [p for p in inside if p.is_file() and may_be_weights(p)]
-    if not found and depth:
-        found = [below for p in inside if p.is_dir() and (below := weights_in(p, depth - 1))]
-    if len(found) > 1 and len({NOISE.sub("", f.name.lower()) for f in found}) > 1:
+    found = [p for p in sorted(path.iterdir()) if p.is_file() and may_be_weights(p)]
+    if depth:
+        found += [below for p in sorted(path.iterdir()) if p.is_dir()
+                  and (below := weights_in(p, depth - 1))]
+    # of the parts of a split model the first is taken, and refused when it is opened
+    if len({PART.sub("", str(f)) for f in found}) > 1:
         names = [str(f.relative_to(path)) for f in found]
-        raise LawaError(f"{path} holds several checkpoints: {some(names)}; choose one kind of them "
-                        f"with a glob such as '{path.parent / '*' / names[0]}'")
-    return found[0] if found else None  # one of a split model's parts is refused when it is opened
+        advice = f"give a glob of one kind of them, such as '{path.parent / '*' / names[0]}'"
+        if not read_name(path.name)[1]:
+            advice = "give the folder or a glob of those of one run, or a list with --steps"
+        raise LawaError(f"{path} holds several checkpoints: {some(names)}; {advice}")
+    return found[0] if found else None
 
 
 def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
@@ -1518,14 +1576,18 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
             wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
     inputs = {Path(path).resolve() for path in trajectory.sources.values() if not callable(path)}
     last = opened[max(opened)]
+    if like is not None and not Path(like).is_dir():
+        raise LawaError(f"--like must be a folder with a config.json, got {like}")
     like = Path(like or last.path)
+    config_of(like)  # refuses a broken one
     report, plans = [], []
     for path, (scheme, at), this in zip(map(Path, outputs), outputs.values(), rows, strict=True):
         if inputs & {path.resolve(), *path.resolve().parents}:
             raise LawaError(f"{path} is an input; choose another output")
         end = path.suffix.lower()
-        if path.suffix not in SUFFIXES and (end in (*FOREIGN, ".json", ".zip", ".pkl", ".pickle")
-                                            or difflib.get_close_matches(end, SUFFIXES[:1])):
+        if path.suffix not in SUFFIXES and (
+                end.strip() in (*SUFFIXES, *FOREIGN, *SLIPS)
+                or difflib.get_close_matches(end, SUFFIXES[:1])):
             raise LawaError(f"{path}: {path.suffix} is not written; expected .safetensors, .pt, or "
                             "the name of a new folder")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
@@ -1566,6 +1628,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         for path, file, output in zip(map(Path, outputs), files, report, strict=True):
             finish(path, Path(file.name), like, last, output)
     return {"outputs": report, "left_out": last.left_out,
+            "passed_over": list(trajectory.passed_over),
             "bytes_read": sum(c.nbytes for c in opened.values()),
             "bytes_written": total, "seconds": round(time.perf_counter() - begun, 3)}
 
@@ -1579,7 +1642,7 @@ def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping
             shutil.copyfile(source, part.parent / source.name)
         config = part.parent / "config.json"
         if config.exists():  # says the type in which the weights are
-            fields = json.loads(config.read_text())
+            fields = config_of(part.parent)
             dtype = next((code for code in whole.dtypes.values() if code in FLOATS), "F32")
             names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
             fields |= dict.fromkeys(names, DTYPES[dtype][1])
@@ -2031,6 +2094,8 @@ def schemes_of(args) -> dict[str, Callable]:
         for name, scheme in schemes.items():
             given = {d: getattr(scheme, d, None) for d in ("spacing", "start", "every", "window")}
             steps = {d: tokens(n, args.tokens_per_step) for d, n in given.items() if n}
+            if isinstance(half := getattr(scheme, "half_life", None), (int, float)):
+                steps["half_life"] = half / args.tokens_per_step
             schemes[name] = dataclasses.replace(scheme, **steps)
     if args.blend is not None:
         if not math.isfinite(args.blend):
@@ -2080,13 +2145,14 @@ def inspect(trajectory: Trajectory) -> dict:
     where = " ".join([trajectory.name, *(str(c.path) for c in opened.values())]).lower()
     notes = [note for name, note in WRONG_REVISIONS.items() if name in where]
     return {"trajectory": trajectory.name, "checkpoints": rows, "problems": problems,
-            "notes": notes}
+            "passed_over": list(trajectory.passed_over), "notes": notes}
 
 
 def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:
     """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads its last
     line, which must be numbers and nothing else, or group 1 of the last match of `pattern`."""
-    words = shlex.split(command)
+    with explained(f"--command {command!r}: not understood"):
+        words = shlex.split(command)
     if "{}" not in command:
         raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
     with explained(f"--pattern {pattern!r}: expected one with a group, as 'val loss (\\S+)'"):
@@ -2148,6 +2214,9 @@ def run(args) -> dict:
         if args.command == "sweep":
             positive(every=args.every)
             targets = [step for step in trajectory.steps if step % args.every == 0]
+            if not targets:
+                raise LawaError(f"--every {args.every}: no multiple of it among the steps "
+                                f"{some(trajectory.steps)}")
             return sweep_files(trajectory, schemes, targets, args.out, **options)
         if len(schemes) > 1:
             raise LawaError(f"average writes one average, got {len(schemes)} schemes; use sweep")
@@ -2170,6 +2239,9 @@ def show(result: dict) -> None:
     for text in dict.fromkeys(", ".join(part.get("left_out", [])[:8]) for part in outside):
         if text:
             print(f"left out: {text}")
+    if result.get("passed_over"):
+        print(f"passed over: {', '.join(result['passed_over'][:8])}"
+              f"{', ...' * (len(result['passed_over']) > 8)}")
     if "seconds" in result:
         print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
               f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
@@ -2189,6 +2261,8 @@ def main(argv=None) -> int:
         command = commands.add_parser(name, help=text, description=text, **style)
         for flags, how in options.items():
             command.add_argument(*flags.split(), **how)
+    with contextlib.suppress(AttributeError):  # a name may have bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args(argv)
         result = run(args)
