@@ -402,16 +402,15 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last 
 FOREIGN = {  # what is not read: how to make of it what is
     ".gguf": "it is quantised: average the checkpoints it was made from",
     ".npz": "save its arrays with safetensors.numpy.save_file",
-    ".npy": "save its arrays with safetensors.numpy.save_file",
     ".h5": "load it with from_pretrained(..., from_tf=True) of transformers 4 and save that",
     ".msgpack": "load it with from_pretrained(..., from_flax=True) of transformers 4 and save that",
     ".onnx": "average the checkpoints it was exported from",
-    ".nemo": "unpack it with tar; the weights are inside",
     "optim_states.pt": "it is DeepSpeed's optimizer; its zero_to_fp32.py makes a model of all",
     ".distcp": "give the folder that it lies in",
     ".index.json": "give the folder that it lies in",
 }
-SLIPS = (".json", ".zip", ".pkl", ".pickle", ".th", ".t7", ".gz", ".bak", ".pdparams")  # no folders
+SLIPS = (  # endings that are no folder's
+    ".json", ".zip", ".pkl", ".pickle", ".th", ".t7", ".gz", ".bak", ".pdparams")
 # The weights of a Hugging Face folder, in the order in which transformers looks for them.
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json",
@@ -422,10 +421,11 @@ WEIGHTS = (
 COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe", "vocab*",
           "merges*")  # beside the weights
 NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
-NOT_WEIGHTS = re.compile(  # names of files, folders and groups of tensors
-    r"(?<!model_)(?<!model_and_)optim|sched|(?<!up)scaler|(?<!optim_)rng|training_args|trainer|"
-    r"dataloader|^resume(?![a-z])|^opt$|^(train(_state)?|other)(\.pt)?$|^state_\d+\.pt$|\.index\.json$|"
-    r"^tmp[-_]|^\.", re.IGNORECASE)
+NOT_WEIGHTS = re.compile(r"""  # names of files, folders and groups of tensors
+    (?<!model_)(?<!model_and_)optim | ^opt$ | sched | (?<!up)scaler | (?<!optim_)rng | dataloader
+    | training_args | trainer | ^resume(?![a-z]) | ^(train(_state)?|other)(\.pt)?$ | ^state_\d+\.pt$
+    | \.index\.json$ | ^tmp[-_] | ^\.
+    """, re.IGNORECASE | re.VERBOSE)
 WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
 # One file of a model that was split over several.
 PART = re.compile(r"(?<![a-z])(?:rank|tp|pp|dp|fsdp|shard|part|layer|consolidated)[-_.]?(\d+)|"
@@ -556,8 +556,10 @@ def whole_model(path: Path) -> None:
         if read_name(level.name)[0]:  # a step's folder
             return
         for found in PART.finditer(level.name):
+            if found[2]:  # 1-of-1, or a folder of parts
+                continue
             before, after = level.name[:found.start(1)], level.name[found.end(1):]
-            for other in level.absolute().parent.iterdir() if found[1] else ():
+            for other in level.absolute().parent.iterdir():
                 rank = other.name.removeprefix(before).removesuffix(after)
                 if rank.isdigit() and other.name == before + rank + after != level.name:
                     raise LawaError(
@@ -1253,10 +1255,12 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
                                 r" give a list with --steps, or --step-regex 'name_(\d+)'")
         return list(named), over
     inside = weights_in(folder)
-    for path in [] if inside else sorted(folder.iterdir()):
+    if inside:
+        return [inside], []
+    for path in sorted(folder.iterdir()):
         if path.suffix.lower() in FOREIGN:
             open_file(path, None)  # which says what to do with it
-    return [inside] if inside else [], []
+    return [], over
 
 
 def may_be_weights(path: Path) -> bool:
