@@ -553,11 +553,8 @@ def whole_model(path: Path) -> None:
         raise LawaError(f"{path} is one of several parts of a model; give the folder with them "
                         "and their index")
     for level in (path, *path.parents[:2]):  # such as tp_rank_0/weights/model.pt
-        if read_name(level.name)[0]:  # a step's folder
-            return
-        for found in PART.finditer(level.name):
-            if found[2]:  # 1-of-1, or a folder of parts
-                continue
+        ranks = [found for found in PART.finditer(level.name) if found[1]]
+        for found in ranks:
             before, after = level.name[:found.start(1)], level.name[found.end(1):]
             for other in level.absolute().parent.iterdir():
                 rank = other.name.removeprefix(before).removesuffix(after)
@@ -566,6 +563,8 @@ def whole_model(path: Path) -> None:
                         f"{level} is one rank's part of a model that was split, {other.name} is "
                         "another; put them together first with what trained it (for DeepSpeed its "
                         "zero_to_fp32.py)")
+        if read_name(level.name)[0]:  # the step's own folder or file
+            return
 
 
 def open_file(path: Path, key: str | None) -> Checkpoint:

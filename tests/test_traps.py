@@ -115,6 +115,11 @@ def test_a_checkpoint_that_holds_its_own_parts_is_no_run(tmp_path, average):
     assert average("checkpoint-500")[0] == 1
 
 
+def test_one_rank_of_several_is_refused_alone_too(tmp_path, average):
+    make(tmp_path / "run", [f"ep3-ba5000-rank{rank}.pt" for rank in (0, 1)])
+    assert PARTS in average("run/ep3-ba5000-rank0.pt")
+
+
 def test_a_dead_link_is_no_gap(tmp_path, average):
     make(tmp_path / "run", STEPS)
     (tmp_path / "run" / STEPS[1]).unlink()
