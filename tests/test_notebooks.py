@@ -35,7 +35,7 @@ PRIMARY = {  # the paper's primary claims, each judged once
 }
 # parameters of a notebook that trains; of rates, lrs or lr
 EXPECTED = {"scale", "seeds", "k", "spacing", "max_iters", "corpus", "out", "disk_budget", "force"}
-PROSE = 1.3  # cells of prose to a cell of code, at least
+PROSE = 2  # cells of prose to a cell of code, at least
 LONG = 20  # lines of a code cell, that few have more than
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
