@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, pairwise, product
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -553,8 +553,7 @@ def whole_model(path: Path) -> None:
         raise LawaError(f"{path} is one of several parts of a model; give the folder with them "
                         "and their index")
     for level in (path, *path.parents[:2]):  # such as tp_rank_0/weights/model.pt
-        ranks = [found for found in PART.finditer(level.name) if found[1]]
-        for found in ranks:
+        for found in filter(itemgetter(1), PART.finditer(level.name)):
             before, after = level.name[:found.start(1)], level.name[found.end(1):]
             for other in level.absolute().parent.iterdir():
                 rank = other.name.removeprefix(before).removesuffix(after)
@@ -1070,6 +1069,7 @@ OTHER = re.compile(  # decimals and hashes
     r"(?<![a-z\d])(?=[\da-f]*\d[a-f])[\da-f]{7,40}(?![a-z\d])")
 
 
+@functools.cache  # a run's names are read again whenever it is opened
 def read_name(name: str) -> tuple[str, list[int]]:
     """(what its numbers count: step, checkpoint, epoch or nothing; the steps it may mean)."""
     stem = name.lower()
@@ -1248,8 +1248,9 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
     own = read_name(folder.absolute().name)[1]  # checkpoint-500/global_step500 is no run
     if named and not (is_checkpoint(folder) and own in named.values()):
         blank = functools.partial(re.sub, r"\d[\d.,]*(?:e\+?\d+)?[a-zA-Z]?(?![a-zA-Z])", "0")
+        shapes = {blank(path.name) for path in named}
         for name in over:
-            if blank(name) in {blank(path.name) for path in named}:
+            if blank(name) in shapes:
                 raise LawaError(f"{folder / name} is named as those that have a step, but has none;"
                                 r" give a list with --steps, or --step-regex 'name_(\d+)'")
         return list(named), over
@@ -1263,8 +1264,8 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
 
 
 def may_be_weights(path: Path) -> bool:
-    dead = path.is_symlink() and not path.exists()
-    return not NOT_WEIGHTS.search(path.name) and (path.is_dir() or path.suffix in SUFFIXES or dead)
+    known = path.suffix in SUFFIXES or path.is_dir() or (path.is_symlink() and not path.exists())
+    return known and not NOT_WEIGHTS.search(path.name)
 
 
 def is_checkpoint(path: Path) -> bool:

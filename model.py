@@ -567,9 +567,8 @@ def open_corpus(name) -> Corpus:
                 f"no corpus {str(name)!r}: expected {described}; run {command}")
         meta = {"name": folder.resolve().name,
                 "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
-        own = folder / "meta.pkl"
-        if own.exists():
-            meta |= read_characters(own)
+        if (folder / "meta.pkl").exists():
+            meta |= read_characters(folder / "meta.pkl")
         for split, part in tokens.items():
             require(not four_bytes_each(part), f"{folder}: expected {split} tokens of 2 bytes, got "
                     "4 (every second uint16 is tiny); write uint16, or a meta.json if they are")
@@ -837,9 +836,10 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         require(enough, f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one "
                 f"block of {config.block_size}")
     shape = gpt_config(config.preset, corpus.vocab_size)
-    if config.init_from:  # before the run folder is made
-        with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
-            empty_model(shape).load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
+    with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
+        start = config.init_from and dict(lawa_core.open_checkpoint(config.init_from))
+        if start:  # refused before the run folder is made
+            empty_model(shape).load_state_dict(start)
     require(threads is None or threads >= 1, f"threads must be at least 1, got {threads}")
     require(eval_interval >= 0, f"eval_interval must be at least 0, got {eval_interval}")
     require(state_seconds >= 0, f"state_seconds must be at least 0, got {state_seconds}")
@@ -882,9 +882,9 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             optimizer.load_state_dict(saved["optimizer"])
             for text, average in averages.items():
                 average.load_state_dict(saved["averages"][text])
-        elif config.init_from:
-            net.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
-        del saved
+        elif start:
+            net.load_state_dict(start)
+        del saved, start
         ddp = None
         if world > 1:
             ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)

@@ -104,17 +104,6 @@ def write_hf(folder, state, suffix="safetensors", shards=1):
     return folder
 
 
-def write_dcp(folder, state):
-    import warnings
-
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
-    return folder
-
-
 def wrapped(path, state, key, **extra):
     torch.save({key: state, **extra}, path)
     return path
@@ -156,8 +145,8 @@ WRITERS = {
     "hf shards": lambda d, s: write_hf(d / "step1", s, shards=3),
     "hf bin": lambda d, s: write_hf(d / "step1", s, "bin"),
     "hf bin shards": lambda d, s: write_hf(d / "step1", s, "bin", shards=2),
-    "dcp": lambda d, s: write_dcp(d / "step1", s),
-    "dcp nested": lambda d, s: write_dcp(
+    "dcp": lambda d, s: ref.write_distributed(d / "step1", s),
+    "dcp nested": lambda d, s: ref.write_distributed(
         d / "step1", {"model": s, "optimizer": {"exp_avg": torch.ones(3)}}
     ),
 }
@@ -1033,7 +1022,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(kind, evil, tmp_path):
     elif kind == "inside the optimizer":
         torch.save({"model": {"w": torch.ones(2)}, "optimizer": evil(mark)}, path)
     elif kind == "dcp":
-        path = write_dcp(tmp_path / "step5", {"w": torch.ones(2)})
+        path = ref.write_distributed(tmp_path / "step5", {"w": torch.ones(2)})
         (path / ".metadata").write_bytes(pickle.dumps(evil(mark)))
     else:
         path = write_hf(
@@ -1052,7 +1041,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(kind, evil, tmp_path):
 def test_dcp_metadata_that_hides_code_among_real_classes(tmp_path):
     """The true metadata, with one more object on the stack."""
     mark = tmp_path / "it_ran"
-    folder = write_dcp(tmp_path / "step5", {"w": torch.ones(2)})
+    folder = ref.write_distributed(tmp_path / "step5", {"w": torch.ones(2)})
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = EvilSystem(mark)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -1062,7 +1051,7 @@ def test_dcp_metadata_that_hides_code_among_real_classes(tmp_path):
 
 
 def test_dcp_metadata_of_another_kind(tmp_path):
-    folder = write_dcp(tmp_path / "step5", {"w": torch.ones(2)})
+    folder = ref.write_distributed(tmp_path / "step5", {"w": torch.ones(2)})
     for content in (pickle.dumps({"w": 1}), b"", b"not a pickle"):
         (folder / ".metadata").write_bytes(content)
         with pytest.raises(LawaError, match="step5"):
@@ -1070,7 +1059,7 @@ def test_dcp_metadata_of_another_kind(tmp_path):
 
 
 def test_dcp_missing_piece(tmp_path):
-    folder = write_dcp(tmp_path / "step5", {"w": torch.ones(2)})
+    folder = ref.write_distributed(tmp_path / "step5", {"w": torch.ones(2)})
     for piece in folder.glob("*.distcp"):
         piece.unlink()
     with pytest.raises(LawaError, match="step5"):

@@ -14,8 +14,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+import reference as ref
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import lawa_core
@@ -37,13 +37,6 @@ def put(path, state):
         path.write_text(state)
     else:
         torch.save(state, path)
-
-
-def put_distributed(folder, state):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
 def put_trainer_files(folder):
@@ -336,7 +329,7 @@ def test_megatron_distributed(run, made):
             "optimizer.state.exp_avg.decoder.w": torch.ones(4, 3),
             "rng_state/shard_0_1": io.BytesIO(b"rng"),
         }
-        put_distributed(run / f"iter_{step:07}", state)
+        ref.write_distributed(run / f"iter_{step:07}", state)
         put(run / f"iter_{step:07}" / "common.pt", {"iteration": step})
         put(run / f"iter_{step:07}" / "metadata.json", '{"sharded_backend": "torch_dist"}')
     state = load_file(written(made / "mean.safetensors", run))
@@ -367,7 +360,7 @@ def test_olmo_core(run, made):
     for v, step in ((1, 500), (3, 1000)):
         folder = run / f"step{step}"
         state = {"model": S(v), "optim": {"state.w.exp_avg": torch.ones(4, 3)}}
-        put_distributed(folder / "model_and_optim", state)
+        ref.write_distributed(folder / "model_and_optim", state)
         put(folder / "train" / "rank0.pt", {"global_step": step, "rng": torch.get_rng_state()})
         put(folder / "config.json", "{}")
     assert mean(made, run) == 2.0
@@ -391,8 +384,10 @@ def test_litgpt(run, made):
 def test_fsdp(run, made):
     for v, step in ((1, 500), (3, 1000)):
         folder = run / "sharded" / f"checkpoint-{step}"
-        put_distributed(folder / "pytorch_model_fsdp_0", {"model": S(v)})
-        put_distributed(folder / "optimizer_0", {"optimizer": {"state.w.exp_avg": torch.ones(2)}})
+        ref.write_distributed(folder / "pytorch_model_fsdp_0", {"model": S(v)})
+        ref.write_distributed(
+            folder / "optimizer_0", {"optimizer": {"state.w.exp_avg": torch.ones(2)}}
+        )
         put_trainer_files(folder)
         put(run / "full" / f"checkpoint-{step}" / "pytorch_model_fsdp.bin", S(v))
         for rank in (0, 1):
@@ -417,7 +412,7 @@ def test_torchtitan(under, run, made):
             state |= S(v)
         else:
             state["model"] = S(v)
-        put_distributed(run / "checkpoint" / f"step-{step}", state)
+        ref.write_distributed(run / "checkpoint" / f"step-{step}", state)
     assert mean(made, run / "checkpoint") == 2.0
     assert "nothing" in refusal(made, run / "checkpoint", "--key", "nothing")
 

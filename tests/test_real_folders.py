@@ -46,20 +46,9 @@ def put(path, content):
     return path
 
 
-def put_dcp(folder, content):
-    import warnings
-
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(content, checkpoint_id=folder, no_dist=True)
-    return folder
-
-
 def put_run(folder, make, pattern="ckpt_{}.pt", steps=STEPS):
     """A checkpoint `make(step)` at every step; a pattern without a suffix is a distributed one."""
-    write = put if Path(pattern).suffix else put_dcp
+    write = put if Path(pattern).suffix else ref.write_distributed
     return [write(folder / pattern.format(step), make(step)) for step in steps]
 
 
