@@ -716,15 +716,15 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     found = from_memory({name: tree[place] for place, name in names.items()}, path)
     extra = {}  # what is no tensor among the weights, such as a module's extra state
     for place, value in tree.items():
-        if place not in tensors and (place[:len(prefix)] == prefix or "_extra_state" in place[-1]):
+        among = place[:len(prefix)] == prefix and (prefix or "_extra_state" in place[-1])
+        if among and not isinstance(value, torch.Tensor):
             extra[".".join(place[len(prefix):])] = value
     # for a .pt made of this one: what is beside the weights, but for other groups of tensors
     groups = {place[0] for place in tensors if len(place) > 1 or place in names}
     rest = {name: value for name, value in blob.items()
             if str(name) not in groups and not NOT_WEIGHTS.search(str(name))}
     found.around = rest, prefix, extra if prefix else {}
-    found.left_out = outside + [f"{name} (no tensor)" for name in extra
-                                if prefix or "_extra_state" in name]
+    found.left_out = outside + [f"{name} (no tensor)" for name in extra]
     if sidecar(path).exists():
         found.metadata["lawa"] = sidecar(path).read_text()
     return found

@@ -150,6 +150,16 @@ def test_lists_of_layers_are_averaged(tmp_path, average):
     }
 
 
+def test_another_groups_extra_state_stays_out_of_the_weights(tmp_path, average):
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        group = {"w": torch.full((2,), float(step))}
+        checkpoint = {"model": group, "ema": group | {"_extra_state": step}}
+        torch.save(checkpoint, f"run/ckpt_{step}.pt")
+    lawa_core.main(["average", "run", "-o", "mean.pt"])
+    assert list(torch.load("mean.pt", weights_only=True)["model"]) == ["w"]
+
+
 def test_four_bits_with_scales_are_refused(tmp_path, average):
     (tmp_path / "run").mkdir()
     for step in (1, 2):
