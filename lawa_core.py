@@ -1129,6 +1129,7 @@ class Trajectory:
     """
     allow: tuple | list = ()  # some of ALLOW
     passed_over: list | tuple = ()  # names in the run folder that name no step, or hold no weights
+    notes: list | tuple = ()  # what is known of these checkpoints besides, for `inspect`
 
     def __init__(self, sources: Mapping[int, Path | Callable], name="the list", key=None):
         self.sources, self.name, self.key = dict(sorted(sources.items())), name, key
@@ -2108,15 +2109,6 @@ def schemes_of(args) -> dict[str, Callable]:
     return schemes
 
 
-# Public models of which some revisions hold the weights of others, as told in their repositories;
-# that two are the same is found here as a problem.
-WRONG_REVISIONS = {
-    "pythia-2.8b": "many revisions hold the weights of the end (EleutherAI/pythia #83, #195)",
-    "pythia-12b": "steps 50000 and 58000 have a shard of the end (EleutherAI/pythia #205, #206)",
-    "olmo-2-1124-7b": "steps 101000, 175000 and 300000 were the same file (allenai/OLMo #915)",
-}
-
-
 def inspect(trajectory: Trajectory) -> dict:
     """What `lawa inspect` shows: size, types and norm at each step, and how far the weights moved
     (norm of the change since the checkpoint before, over the norm). Reads every byte once."""
@@ -2146,10 +2138,8 @@ def inspect(trajectory: Trajectory) -> dict:
                      "parameters": sum(stored.numel for stored in set(checkpoint.data.values())),
                      "dtypes": sorted(set(checkpoint.dtypes.values())), "norm": norm,
                      "moved": math.sqrt(changes[step]) / norm if rows and norm else None})
-    where = " ".join([trajectory.name, *(str(c.path) for c in opened.values())]).lower()
-    notes = [note for name, note in WRONG_REVISIONS.items() if name in where]
     return {"trajectory": trajectory.name, "checkpoints": rows, "problems": problems,
-            "passed_over": list(trajectory.passed_over), "notes": notes}
+            "passed_over": list(trajectory.passed_over), "notes": list(trajectory.notes)}
 
 
 def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:

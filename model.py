@@ -1078,26 +1078,28 @@ def mean_se(x: np.ndarray) -> tuple[float, float]:
 
 
 def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *,
-                        model: GPT | None = None, corpus: Corpus | None = None, load=None,
-                        each=None, on_disk: bool = False, cache=None) -> list[dict]:
+                        make=None, corpus: Corpus | None = None, load=None, each=None,
+                        on_disk: bool = False, cache=None, averages=None, anew=()) -> list[dict]:
     """Losses of a trajectory and of averages along it, of a run as of a public model's checkpoints.
 
     The next average is made while the last is evaluated, and never more than one waits. Losses are
     kept, block by block: nothing is evaluated twice, and what was interrupted goes on.
-    Args: run: a run folder, or with `model` and `corpus` what `lawa_core.open_trajectory` takes
+    Args: run: a run folder, or with `make` and `corpus` what `lawa_core.open_trajectory` takes
         schemes: {label: scheme, or the text of an average kept while training}
         at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
-        model: an empty one of the right shape, the only one used; its weights are overwritten
+        make: makes an empty model on the device, the only one used, if there is need of it
         load: load(model, state) copies an average into it, default load_state_dict
         each: each(step, label, state) is called before an evaluation
         cache: a .npz, one per n_blocks; default eval_<n_blocks>.npz in a run folder, else none
+        averages: where those kept while training are, default the run folder
+        anew: steps that are evaluated again
     Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se",
     "n_blocks", "losses", "gains"}: loss in nats per token with its standard error over blocks, bpb
     in bits per byte of text, gain = run minus average on the same blocks (positive is good); losses
     and gains: (n_blocks,) float64, one per block. The run itself is "run".
     """
     device = pick_device(device)
-    if model is None:
+    if make is None:
         shape, corpus = run_model(run)
         cache = cache or Path(run) / f"eval_{n_blocks}.npz"
     cache = cache and Path(cache)
@@ -1107,12 +1109,12 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     known = read_losses(cache)
     lacking = {}  # {label: steps at which it has not been evaluated}
     for label, scheme in schemes.items():
-        lacking[label] = [step for step in at if (step, str(scheme)) not in known]
+        lacking[label] = [step for step in at if step in anew or (step, str(scheme)) not in known]
     missing = sorted(set().union(*lacking.values()))
     wanted = {name: schemes[name] for name in schemes if lacking[name] or name == "run"}
     kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
     swept = {label: scheme for label, scheme in wanted.items() if label not in kept}
-    allow = () if model else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
+    allow = () if make else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
 
     def states():
         """(step, label, state): the averages of a step, then those kept while training."""
@@ -1121,15 +1123,15 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
             yield step, label, state
             if label == list(swept)[-1]:
                 for own, text in kept.items():
-                    path = Path(run) / scheme_dir(text) / checkpoint_name(step)
+                    path = Path(averages or run) / scheme_dir(text) / checkpoint_name(step)
                     yield step, own, dict(lawa_core.open_checkpoint(path))
 
     threads = torch.get_num_threads()
-    small = model is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
+    small = make is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
     jobs = min(threads, 8) if small else 1
     free, busy = [], []  # busy: (step, label, model, its losses to come)
     if missing:
-        free = [model.to(device)] if model else [empty_model(shape, device) for _ in range(jobs)]
+        free = [make()] if make else [empty_model(shape, device) for _ in range(jobs)]
 
     def finish() -> None:
         """Wait for the evaluation begun first, and keep its losses."""

@@ -1,8 +1,8 @@
-"""What notebooks share: settings, verdicts, figures, and the record of what they found.
+"""What notebooks share: settings, verdicts, figures, tables, and the record of what they found.
 
-A notebook makes one `Lab` from its parameters, trains and evaluates through it, draws figures and
-states claims through it, and records them under its results folder, from which lab/report.py builds
-the front page. How a claim is judged is in lab/statistics.py.
+A notebook makes one `Lab` from its parameters, trains and evaluates through it, draws figures, sets
+tables and states claims through it, and records them under its results folder, from which
+lab/report.py builds the front page. How a claim is judged is in lab/statistics.py.
 """
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ class Lab:
         self.folder = Path(self.values.get("out") or default) / results_name(name, self.given)
         self.trained = 0  # runs
         self.figures = []
+        self.tables = []
         self.claims = []
         plt.rcParams.update(STYLE)
         what = f"{self.config.preset}, {self.config.max_iters:,} steps, seeds {self.seeds}"
@@ -208,6 +209,21 @@ class Lab:
         fig.savefig(self.folder / f"{name}.png", dpi=160, bbox_inches="tight")
         self.figures.append({"file": f"{name}.png", "title": title, "caption": caption})
 
+    def table(self, name: str, title: str, rows: list[dict], caption: str) -> None:
+        """Keep rows, all with the same keys, as a table: CSV under the results; prints it too."""
+        columns = list(rows[0])
+        _write_csv(self.folder / f"{name}.csv", columns, rows)
+        shown = [_shown([row[column] for row in rows]) for column in columns]
+        self.tables.append({"file": f"{name}.csv", "title": title, "caption": caption,
+                            "columns": columns, "rows": list(map(list, zip(*shown, strict=True)))})
+        aligned = []
+        for column, texts in zip(columns, shown, strict=True):
+            width = max(map(len, (column, *texts)))
+            words = any(isinstance(row[column], str) for row in rows)
+            aligned.append([f"{text:{'<' if words else '>'}{width}}" for text in (column, *texts)])
+        lines = ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
+        print(title, *lines, sep="\n")
+
     def claim(self, words: str, found: Difference | None, *, at: str, published: str, source: str,
               figure: str, later: bool = False, primary: str = "", value: float | None = None,
               split=None, note: str = "") -> str:
@@ -250,11 +266,7 @@ class Lab:
         """Write rows.csv and, last and atomically, record.json: what lab/report.py reads."""
         import torch
         columns = [name for name in rows[0] if name not in ("losses", "gains")]  # arrays
-        path = self.folder / "rows.csv"
-        with lawa_core.replacing(path) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        _write_csv(self.folder / "rows.csv", columns, rows)
         command = ["papermill", f"notebooks/{self.name}.ipynb", "out.ipynb", "-p", "scale",
                    self.scale]
         for key, value in changed_parameters(self.name, self.given).items():
@@ -267,7 +279,8 @@ class Lab:
             "seconds": round(time.monotonic() - self.begun, 1), "runs_trained": self.trained,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-            "rows": "rows.csv", "figures": self.figures, "claims": self.claims}
+            "rows": "rows.csv", "figures": self.figures, "tables": self.tables,
+            "claims": self.claims}
         with lawa_core.replacing(self.folder / "record.json") as part:
             part.write_text(json.dumps(record, indent=1, ensure_ascii=False))
 
@@ -309,6 +322,32 @@ def _clear_progress() -> bool:
     if get_ipython():
         clear_output(wait=True)
     return get_ipython() is not None
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
+    with lawa_core.replacing(path) as part, \
+            open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _shown(values: list) -> list[str]:
+    """A column of a table as texts: floats with the decimals that the column needs, 4 at most."""
+    floats = [value for value in values if isinstance(value, (float, np.floating))]
+    places = max((len(f"{value:.4f}".rstrip("0").partition(".")[2]) for value in floats), default=0)
+    texts = []
+    for value in values:
+        text = str(value)
+        if value is None or value != value:  # nan
+            text = "—"
+        elif isinstance(value, (float, np.floating)):
+            lost = value and not float(f"{value:.4f}")
+            text = (f"{value:.2g}" if lost else f"{value:,.{places}f}").replace("-", "−")
+        elif isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            text = f"{value:,}".replace("-", "−")
+        texts.append(text)
+    return texts
 
 
 def _number(value) -> float | None:

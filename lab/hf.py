@@ -1,14 +1,20 @@
-"""Hugging Face folders of GPT-2 and GPT-NeoX: read into a model.GPT, and written from one."""
+"""Hugging Face folders of GPT-2 and GPT-NeoX: read into a model.GPT, and written from one.
+
+Other architectures are evaluated in the classes of `transformers` (see `public_model`).
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch.nn import functional as F
 
 import lawa_core
 from lawa_core import LawaError
@@ -16,6 +22,7 @@ from model import GPT, ROTARY_BASE, GPTConfig, empty_model
 
 # config.json's activation -> GPTConfig.gelu
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+CONTEXT = 2048  # tokens in a block of text, at most, of an architecture that is not ours
 # Hugging Face's GPT-2 keeps these as (in, out); torch's Linear, and so our GPT, as (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -155,6 +162,79 @@ def load_state(model: GPT, tensors) -> GPT:
         if tensor.shape != parameter.shape:
             raise LawaError(f"{theirs} has shape {list(tensor.shape)}; {expected}")
         parameter.copy_(tensor)
+    return model
+
+
+def public_model(folder, device: torch.device) -> tuple[object, Callable, Callable]:
+    """What evaluating a public model takes, from its folder's config.json alone.
+
+    Returns (config with block_size and vocab_size; make(), which makes an empty model on the device
+    with what `model.evaluate` asks of one; load(model, {file's name: tensor}), which copies weights
+    into it). On a GPU weights are kept in the type of the files, elsewhere in float32. GPT-2 and
+    GPT-NeoX become a `model.GPT`, any other architecture the class that transformers has for it.
+    Errors: LawaError for one that neither knows, or without transformers.
+    """
+    path = Path(folder) / "config.json"
+    fields = lawa_core.config_of(Path(folder))
+    kind = fields.get("model_type")
+    dtype = torch.float32
+    if device.type == "cuda":
+        half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        dtype = half.get(fields.get("dtype") or fields.get("torch_dtype"), torch.float32)
+    if kind in ARCHITECTURES or not fields:
+        config = hf_config(folder)
+        return config, lambda: empty_model(config, device, dtype), load_state
+    try:
+        import transformers
+    except ImportError:
+        raise LawaError(f"{path}: a {kind} is evaluated through transformers: "
+                        "pip install transformers") from None
+    with lawa_core.explained(f"{path}: transformers cannot read it"):
+        theirs = transformers.AutoConfig.from_pretrained(folder)
+        if type(theirs) not in transformers.AutoModelForCausalLM._model_mapping:
+            raise LawaError(f"{path}: transformers has no language model for a {kind}")
+    length = min(getattr(theirs, "max_position_embeddings", None) or CONTEXT, CONTEXT)
+    config = SimpleNamespace(block_size=length, vocab_size=theirs.vocab_size)
+    return config, lambda: Transformer(theirs, config, dtype).to(device).eval(), load_by_name
+
+
+class Transformer(torch.nn.Module):
+    """A model of `transformers` with what `model.evaluate` asks of one."""
+
+    def __init__(self, theirs, config, dtype):
+        super().__init__()
+        import transformers
+
+        self.net = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype)
+        self.config = config
+
+    def losses(self, idx, targets):
+        """Losses in nats, (B, T), a text of the batch at a time."""
+        losses = []
+        for text, answers in zip(idx, targets, strict=True):
+            logits = self.net(text[None], use_cache=False).logits[0].float()  # (T, vocab)
+            losses.append(F.cross_entropy(logits, answers, reduction="none"))
+        return torch.stack(losses)
+
+
+@torch.no_grad()
+def load_by_name(model: Transformer, tensors) -> Transformer:
+    """Copy {file's name: tensor} into a model whose parameters have the same names; return it.
+
+    A tied parameter may be there under either name. LawaError for one that is missing or has
+    another shape.
+    """
+    ours = model.net.state_dict()
+    first = lawa_core.first_names(ours)
+    there = {first[name] for name in ours if name in tensors}
+    for name, parameter in ours.items():
+        expected = f"expected {list(parameter.shape)} by its config.json"
+        if first[name] not in there:
+            raise LawaError(f"{name} is not there; {expected}")
+        if name in tensors:
+            if tensors[name].shape != parameter.shape:
+                raise LawaError(f"{name} has shape {list(tensors[name].shape)}; {expected}")
+            parameter.copy_(tensors[name])
     return model
 
 

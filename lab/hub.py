@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub as trajectories: revisions step<N>, fetched one by one and let go.
+"""Models on the Hugging Face Hub as trajectories: step revisions, fetched one by one and let go.
 
 huggingface_hub fetches and retries. Added here: which files make one whole copy of the weights,
 which revisions cannot be right, what a job takes, and a bounded disk.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import fnmatch
 import hashlib
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,16 +27,28 @@ LAYOUTS = (
     ("pytorch_model.bin", r"pytorch_model-(\d+)-of-(\d+)\.bin"),
 )
 
+RATE = 100e6  # bytes per second, which plans reckon with
+# Of these models some revisions hold the weights of others, as told in their repositories.
+WRONG_REVISIONS = (
+    (r"pythia-2\.8b(?!-deduped)", "86 of the 154 revisions hold weights of the end of the run "
+     "(EleutherAI/pythia #195, #205)"),
+    (r"pythia-12b(?!-deduped)", "steps 50000 and 58000 have a shard of the end (#206)"),
+    (r"pythia-", "steps 0, 1 and 2 hold the same weights (EleutherAI/pythia #83, #198)"),
+    (r"olmo-2-1124-7b", "steps 101000, 175000 and 300000 were the same file (allenai/OLMo #915)"),
+)
 
-def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False, token=None,
-             endpoint: str | None = None) -> HubTrajectory:
-    """The revisions step<N> of a model. Lists their files and compares them; fetches nothing yet.
+
+def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, allow=(),
+             keep: bool = False, token=None, endpoint: str | None = None) -> HubTrajectory:
+    r"""The step revisions of a model. Lists their files and compares them; fetches nothing yet.
 
     Args:
         repo: "EleutherAI/pythia-1b-deduped", or with "@START:STOP:STRIDE" instead of `steps`.
         steps: default all there are.
         folder: where step folders are fetched to, and removed from after use; default
             ~/.cache/lawa/NAME.
+        names: which revisions, and where their names have the step, such as
+            "stage1-step(\d+)-"; default step<N>, else what `lawa_core.step_of` reads.
         allow: "duplicates" takes revisions that share files.
         keep: files stay after use.
         token: default the one you are logged in with; endpoint: another server than huggingface.co.
@@ -44,20 +57,19 @@ def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False
     revisions with the same weights. Needs huggingface_hub.
     """
     repo, _, text = repo.partition("@")
-    commits = {}
     with _one_line(repo):
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=endpoint, token=token)
-        for ref in api.list_repo_refs(repo).branches:
-            if re.fullmatch(r"step\d+", ref.name):
-                commits[int(ref.name[4:])] = ref.target_commit
+        branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).branches}
+    known = _steps_of(repo, branches, names)
+    commits = {step: branches[name] for step, name in known.items()}
     if text:
         steps = span(text)
     steps = sorted(commits if steps is None else set(steps))
     missing = [f"step{step}" for step in steps if step not in commits]
     if missing or not steps:
-        raise LawaError(f"{repo} has no revision {_some(missing) or 'named step<N>'}; "
+        raise LawaError(f"{repo} has no revision {_some(missing) or 'that names a step'}; "
                         f"there are {_some(sorted(commits)) or 'none'}")
 
     def list_files(step):
@@ -72,7 +84,31 @@ def open_hub(repo: str, steps=None, folder=None, *, allow=(), keep: bool = False
         raise LawaError(f"{repo}: {'; '.join(twins)}; these are wrong uploads: "
                         "leave out steps, or allow duplicates")
     revisions = {step: (commits[step], files[step]) for step in steps}
-    return HubTrajectory(repo, revisions, folder, allow=allow, keep=keep, api=api)
+    found = HubTrajectory(repo, revisions, folder, allow=allow, keep=keep, api=api)
+    found.twins = twins
+    found.notes = [note for name, note in WRONG_REVISIONS if re.search(name, repo.lower())]
+    found.last = max(commits)
+    return found
+
+
+def _steps_of(repo: str, branches, names: str | None) -> dict[int, str]:
+    """{step: the one branch that has it}."""
+    with lawa_core.explained(f"names {names!r}: expected a pattern with one group, the step"):
+        pattern = re.compile(names or r"^step(\d+)$")
+        if pattern.groups != 1:
+            raise ValueError(f"{pattern.groups} groups")
+        matches = {branch: pattern.search(branch) for branch in branches}
+        steps = {branch: int(match[1]) for branch, match in matches.items() if match}
+    if not steps and not names:
+        read = {branch: lawa_core.step_of(branch) for branch in branches}
+        steps = {branch: step for branch, step in read.items() if step is not None}
+    known = {}
+    for branch, step in steps.items():
+        if step in known:
+            raise LawaError(f"{repo}: {known[step]} and {branch} are both step {step}; say which "
+                            "with names, such as 'stage1-step(\\d+)'")
+        known[step] = branch
+    return known
 
 
 def span(text: str) -> range:
@@ -171,9 +207,12 @@ def _one_line(what: str) -> Iterator[None]:
 class HubTrajectory(Trajectory):
     """Revisions on the Hub, each fetched when it is asked for, and the next one meanwhile.
 
-    The folder of a step goes when `release` says that it is read (see `open_hub`).
+    The folder of a step goes when `release` says that it is read (see `open_hub`). Several
+    processes may share a folder: what one is fetching the others wait for.
     revisions: {step: (commit, {file name: the Hub's record, with .size and .lfs})}.
     """
+    twins: Sequence[str] = ()  # which steps share files
+    last = 0  # the newest step that the Hub has
 
     def __init__(self, repo: str, revisions: Mapping, folder=None, *, allow=(), keep=False,
                  api=None):
@@ -186,6 +225,7 @@ class HubTrajectory(Trajectory):
         self.api = api
         self.order: list[int] = []  # what will be asked for
         self.ahead: dict[int, threading.Thread] = {}  # step -> what fetches it ahead of time
+        self.fetched = 0  # bytes so far
 
     def nbytes(self, step: int) -> int:
         """Bytes of the files fetched for one revision."""
@@ -209,22 +249,28 @@ class HubTrajectory(Trajectory):
 
     def release(self, step: int) -> None:
         if not self.keep:
-            shutil.rmtree(self.folder / f"step{step}", ignore_errors=True)
+            self.remove(step)
+
+    def remove(self, step: int) -> None:
+        """What is fetched of a step."""
+        shutil.rmtree(self.folder / f"step{step}", ignore_errors=True)
 
     def config_dir(self) -> Path:
         """The folder of the newest step's config and tokenizer, which are fetched."""
         step = self.steps[-1]
         commit, _ = self.revisions[step]
         with _one_line(f"{self.name} step{step}"):
-            self.api.snapshot_download(self.name, revision=commit, local_dir=self.folder / "model",
-                                       allow_patterns=list(lawa_core.COPIED),
-                                       tqdm_class=lawa_core.progress)
+            for file in self.api.list_repo_tree(self.name, revision=commit):
+                if any(fnmatch.fnmatch(file.path, pattern) for pattern in lawa_core.COPIED):
+                    self.api.hf_hub_download(self.name, file.path, revision=commit,
+                                             local_dir=self.folder / "model",
+                                             tqdm_class=lawa_core.progress)
         return self.folder / "model"
 
-    def plan(self, schemes: Mapping[str, Callable], at=None, on_disk=False, rate=None) -> dict:
+    def plan(self, schemes: Mapping[str, Callable], at=None, on_disk=False, rate=RATE) -> dict:
         """What lawa_core.sweep with these arguments takes.
 
-        rate: bytes per second, default measured. Returns "revisions"; "fetch_bytes", what is on
+        rate: bytes per second. Returns "revisions"; "fetch_bytes", what is on
         disk already left out; "disk_bytes" and "memory_bytes", the most at any time, the average
         in memory counted; "rate"; "hours" of fetching.
         """
@@ -243,7 +289,6 @@ class HubTrajectory(Trajectory):
             disks.append((windows[-1] if on_disk else self.nbytes(step)) + ahead)
         average = max(self.nbytes(step) for step in needed)
         lacking = sum(file.size for step in needed for _, file in self._lacking(step))
-        rate = rate or self.measure()
         return {
             "revisions": len(needed),
             "fetch_bytes": lacking,
@@ -252,21 +297,6 @@ class HubTrajectory(Trajectory):
             "rate": rate,
             "hours": lacking / rate / 3600,
         }
-
-    def measure(self, size: int = 8 << 20) -> float:
-        """Bytes per second of one request for the first `size` bytes of the weights."""
-        import huggingface_hub as hub
-
-        commit, files = self.revisions[self.steps[0]]
-        largest = max(files, key=lambda name: files[name].size)
-        url = hub.hf_hub_url(self.name, largest, revision=commit, endpoint=self.api.endpoint)
-        headers = hub.utils.build_hf_headers(token=self.api.token)
-        headers["Range"] = f"bytes=0-{size - 1}"
-        begun = time.perf_counter()
-        with _one_line(self.name):
-            response = hub.get_session().get(url, headers=headers, follow_redirects=True)
-            hub.utils.hf_raise_for_status(response)
-        return len(response.content) / (time.perf_counter() - begun)
 
     def _lacking(self, step: int) -> list[tuple]:
         """(name, the Hub's record) of a revision's files that are not on disk."""
@@ -280,29 +310,35 @@ class HubTrajectory(Trajectory):
 
     def _fetch(self, step: int) -> None:
         """Fetch what is not on disk of a revision; compare it with the hashes that the Hub has."""
-        lacking = self._lacking(step)
-        if not lacking:
+        if not self._lacking(step):
             return
         what = f"{self.name} step{step}"
         target = self.folder / f"step{step}"
-        target.mkdir(parents=True, exist_ok=True)
-        size = sum(file.size for _, file in lacking)
-        free = shutil.disk_usage(target).free
-        if free < size:
-            raise JobFailed(f"{what} takes {size / 1e9:.2f} GB, {self.folder} has "
-                            f"{free / 1e9:.2f} GB left; free some, or choose another folder; "
-                            "what is fetched is kept, run again to go on")
-        for name, file in lacking:
-            with _one_line(what):
-                self.api.hf_hub_download(self.name, name, revision=self.revisions[step][0],
-                                         local_dir=target, tqdm_class=lawa_core.progress)
-            if file.lfs:  # huggingface_hub compares the size only
-                with open(target / name, "rb") as opened:
-                    found = hashlib.file_digest(opened, "sha256").hexdigest()
-                if found != file.lfs.sha256:
-                    (target / name).unlink()
-                    raise JobFailed(f"{what}: {name} is not the file that the Hub lists "
-                                    "(its sha256 differs); run again")
+        locks = self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with open(locks / target.name, "w") as lock:  # which goes with its process, even killed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lacking = self._lacking(step)
+            target.mkdir(exist_ok=True)
+            shutil.rmtree(target / ".cache", ignore_errors=True)  # parts that a killed one left
+            size = sum(file.size for _, file in lacking)
+            free = shutil.disk_usage(target).free
+            if free < size:
+                raise JobFailed(f"{what} takes {size / 1e9:.2f} GB, {self.folder} has "
+                                f"{free / 1e9:.2f} GB left; free some, or choose another folder; "
+                                "what is fetched is kept, run again to go on")
+            for name, file in lacking:
+                with _one_line(what):
+                    self.api.hf_hub_download(self.name, name, revision=self.revisions[step][0],
+                                             local_dir=target, tqdm_class=lawa_core.progress)
+                if file.lfs:  # huggingface_hub compares the size only
+                    with open(target / name, "rb") as opened:
+                        found = hashlib.file_digest(opened, "sha256").hexdigest()
+                    if found != file.lfs.sha256:
+                        (target / name).unlink()
+                        raise JobFailed(f"{what}: {name} is not the file that the Hub lists "
+                                        "(its sha256 differs); run again")
+                self.fetched += file.size
 
 
 lawa_core.SOURCES["hub"] = open_hub

@@ -1,8 +1,9 @@
 """Builds results/index.html from what the notebooks recorded: `python -m lab.report [RESULTS]`.
 
 Reads every <notebook>/record.json (written by lab.Lab) in the results folder and writes index.html
-beside them: one file without JavaScript that opens from disk and links to the figures, rows and
-executed notebooks by relative path. `--publish` writes what the repository shows of the results.
+beside them: one file without JavaScript that opens from disk and links to the figures, tables,
+rows and executed notebooks by relative path. `--publish` writes what the repository shows of the
+results; of notebooks that are not in the results folder that stays as it is.
 """
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def read_entries(results: Path) -> list[Entry]:
             record = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(record, dict):
                 raise ValueError(f"expected an object, got {type(record).__name__}")
-            for key in ("figures", "claims"):
+            for key in ("figures", "tables", "claims"):
                 items = record.get(key, [])
                 if not isinstance(items, list) or not all(isinstance(it, dict) for it in items):
                     raise ValueError(f"{key!r} must be a list of objects")
@@ -107,9 +108,12 @@ def read_entries(results: Path) -> list[Entry]:
         if failed.exists() and failed.stat().st_mtime >= age:
             failure = last_error(failed)
         entries.append(Entry(folder, notebook, changed, record, problem, failure))
-    known = {name: place for place, name in enumerate(ORDER)}
-    return sorted(entries, key=lambda entry: (known.get(entry.notebook, len(ORDER)),
-                                              entry.notebook, entry.changed))
+    return sorted(entries, key=lambda entry: (*place(entry.notebook), entry.changed))
+
+
+def place(notebook: str) -> tuple:
+    """What notebooks are sorted by."""
+    return ORDER.index(notebook) if notebook in ORDER else len(ORDER), notebook
 
 
 def last_error(notebook: Path) -> str:
@@ -425,6 +429,22 @@ def distinct(records: list[dict], key: str) -> str:
     return ", ".join(sorted({str(record[key]) for record in records if record.get(key)}))
 
 
+def cells_of(table: dict) -> list[list[tuple[str, bool]]]:
+    """The header and the rows of a table as `lab.Lab.table` kept it; [] for one that is malformed.
+
+    A cell is its text, and whether all its column holds are numbers.
+    """
+    columns, rows = table.get("columns"), table.get("rows")
+    if not columns or not isinstance(columns, list) or not isinstance(rows, list):
+        return []
+    if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+        return []
+    texts = [["—" if cell is None else str(cell) for cell in row] for row in (columns, *rows)]
+    numbers = [all(re.fullmatch(r"[+−-]?(inf|[\d,.]+(e[+−-]?\d+)?)|—", text) for text in column)
+               for column in zip(*texts[1:], strict=True)] or [False] * len(columns)
+    return [list(zip(row, numbers, strict=True)) for row in texts]
+
+
 def build(results: Path) -> Path:
     """Write results/index.html atomically; LawaError when there is nothing to show."""
     entries = read_entries(results)
@@ -435,7 +455,7 @@ def build(results: Path) -> Path:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"duration": duration, "plural": plural, "distinct": distinct,
-                            "card_figure": card_figure}
+                            "cells": cells_of, "card_figure": card_figure}
     claims = claims_of({entry.folder.name: entry.record for entry in entries if not entry.changed})
     variants = []  # what they claim stands in their own sections alone
     for entry in entries:
@@ -455,21 +475,29 @@ def build(results: Path) -> Path:
 def publish(results: Path, root: Path = ROOT) -> list[Path]:
     """Copy the records and the headline's figure to docs/, and renew the pages from there.
 
-    Records of notebooks with other than the committed parameters are left out.
+    Records of notebooks with other than the committed parameters are left out; those in docs/ of
+    notebooks that are not in the results stay, so that one can be done again alone.
     """
     records = {entry.folder.name: entry.record for entry in read_entries(results)
                if entry.record and not entry.changed}
-    if "lr_sweep" not in records:
-        raise LawaError(f"no record of lr_sweep in {results}; run ./run_all.sh first")
-    figure = (results / "lr_sweep/gain_over_steps.png").read_bytes()
+    if not records:
+        raise LawaError(f"no records in {results}; run ./run_all.sh first")
+    path = root / "docs/claims.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    stay = {record["notebook"]: record for record in before if "claims" in record}
+    if "lr_sweep" not in stay | records:
+        raise LawaError(f"no record of lr_sweep in {results} or {path}; run ./run_all.sh first")
+    headline = "gain_over_steps.png"
+    figure = (results / "lr_sweep" / headline).read_bytes() if "lr_sweep" in records else None
 
-    # docs/claims.json: the records without pairs over blocks, which are many, with numbers of six
-    # digits, and paths of this machine cut to their names
+    # docs/claims.json: the records without tables and pairs over blocks, which are many, with
+    # numbers of six digits, and paths of this machine cut to their names
     kept = []
-    for name, record in records.items():
+    for name, record in sorted((stay | records).items(), key=lambda item: place(item[0])):
         claims = [claim | {"pairs": []} if claim.get("over") == "blocks" else claim
                   for claim in record.get("claims", [])]
         kept.append(record | {"notebook": name, "claims": claims})
+        kept[-1].pop("tables", None)
     kept = json.loads(json.dumps(kept), parse_float=lambda digits: float(f"{float(digits):.6g}"),
                       parse_constant=lambda _: None)
     text = re.sub(r"(?:(?<=\\[nt])|(?<![\w.:/~]))/(?:[^\s/'\":,]+/)+([^\s/'\":,]+)", r"\1",
@@ -491,9 +519,10 @@ def publish(results: Path, root: Path = ROOT) -> list[Path]:
     if len(file.getvalue().encode()) > CSV_BYTES:
         raise LawaError(f"docs/claims.csv would take more than {CSV_BYTES:,} bytes")
     (root / "docs").mkdir(exist_ok=True)
-    (root / "docs/claims.json").write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     (root / "docs/claims.csv").write_text(file.getvalue(), encoding="utf-8")
-    (root / "docs/gain_over_steps.png").write_bytes(figure)
+    if figure:
+        (root / "docs" / headline).write_bytes(figure)
     return renew(root)
 
 
@@ -593,8 +622,8 @@ def main(argv=None) -> int:
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "results",
                         help="default: results/ in the project")
     parser.add_argument("--publish", action="store_true",
-                        help="instead copy the records to docs/ and renew the tables there and in "
-                        "README.md")
+                        help="instead copy the records to docs/, where those of other notebooks "
+                        "stay, and renew the tables there and in README.md")
     parser.add_argument("--renew", action="store_true",
                         help="instead renew these tables from docs/ and benchmarks/ alone")
     args = parser.parse_args(argv)

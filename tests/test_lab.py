@@ -389,6 +389,47 @@ def test_smoke_checks_and_judges_nothing(outcome, tmp_path, capsys):
     assert lab.claim("Pythia gains", None, note="a stand-in", **ABOUT) == "check"
 
 
+def test_a_table_is_printed_and_kept_with_a_csv(tmp_path, capsys):
+    lab = a_lab(out=str(tmp_path))
+    capsys.readouterr()
+    rows = [
+        {"model": "a", "step": 143_000, "accuracy": 0.57555, "gain": np.float32(-0.25)},
+        {"model": "b-c", "step": np.int64(9), "accuracy": 0.5, "gain": None}]
+    assert lab.table("tasks", "Accuracy", rows, "Higher is better.") is None
+    assert capsys.readouterr().out == """Accuracy
+model     step  accuracy   gain
+a      143,000    0.5756  −0.25
+b-c          9    0.5000      —
+"""
+    with open(lab.folder / "tasks.csv", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["model", "step", "accuracy", "gain"], ["a", "143000", "0.57555", "-0.25"],
+            ["b-c", "9", "0.5", ""]]
+    kept(lab)
+    (found,) = json.loads((lab.folder / "record.json").read_text())["tables"]
+    assert found == {
+        "file": "tasks.csv", "title": "Accuracy", "caption": "Higher is better.",
+        "columns": ["model", "step", "accuracy", "gain"],
+        "rows": [["a", "143,000", "0.5756", "−0.25"], ["b-c", "9", "0.5000", "—"]]}
+
+
+@pytest.mark.parametrize(
+    "values, shown",
+    [
+        ([3.14149, 10.0], ["3.1415", "10.0000"]),
+        ([2.0, 1e-3, 0.0], ["2.000", "0.001", "0.000"]),  # what the column needs
+        ([1234.5, 0.00002], ["1,234.5", "2e−05"]),
+        ([math.nan, None, -math.inf, 2], ["—", "—", "−inf", "2"]),
+        ([-1234, True, "a-b", ""], ["−1,234", "True", "a-b", ""]),
+    ],
+    ids=str,
+)
+def test_how_a_column_is_shown(values, shown, tmp_path):
+    lab = a_lab(out=str(tmp_path))
+    lab.table("some", "Some", [{"x": value} for value in values], "All.")
+    assert [text for text, in lab.tables[0]["rows"]] == shown
+
+
 def test_a_record_holds_what_the_page_needs(tmp_path):
     lab = a_lab(lr=2e-3, out=str(tmp_path))
     losses = np.array([0.4, 0.6])
@@ -399,6 +440,7 @@ def test_a_record_holds_what_the_page_needs(tmp_path):
     assert record["command"] == command
     assert record["params"]["lr"] == 0.002 and "out" not in record["params"]
     assert (record["scale"], record["question"], record["claims"]) == ("smoke", "What?", [])
+    assert record["tables"] == []
     with open(tmp_path / "some" / record["rows"], newline="") as file:
         assert list(csv.reader(file)) == [["step", "loss"], ["1", "0.5"], ["2", "0.5"]]
 
