@@ -26,8 +26,8 @@ from lab.statistics import Difference, chosen_elsewhere, compare, difference, le
 from lawa_core import LawaError
 
 __all__ = [
-    "DASHES", "MARKERS", "SHARES", "Lab", "band", "chosen_elsewhere", "compare", "difference",
-    "errorbars", "grid", "least_clear", "nearest", "numbers", "pm", "results_name"]
+    "DASHES", "MARKERS", "SHARES", "Lab", "band", "chosen_elsewhere", "clear_progress", "compare",
+    "difference", "errorbars", "grid", "least_clear", "nearest", "numbers", "pm", "results_name"]
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.77)  # of a run, where claims are judged; the end apart
 BRANCHES = (0.5, 0.75)  # where runs of other notebooks branch off, so that states are kept
@@ -57,7 +57,8 @@ class Lab:
 
     Args: name: the notebook's; question: one line; namespace: the notebook's globals() right after
     the parameters cell: annotated names are parameters, None takes the scale's value, a text such
-    as "0,1,2" is a list of numbers; n_seeds: take only so many of the scale's seeds.
+    as "0,1,2" is a list of numbers; n_seeds: take only so many of the scale's seeds; trains: False
+    where nothing is trained, and the scale but a label of the results.
     Attributes: values {parameter: value}; config (of `model.Config`, at the rate `lr`); rates, from
     the usual one to the high one, and lr, the one between; seeds; k, spacing and wide, the windows;
     at {share of the run: step} and end, where claims are judged; folder, of the results.
@@ -65,7 +66,8 @@ class Lab:
     before anything is trained.
     """
 
-    def __init__(self, name: str, question: str, namespace: dict, n_seeds: int | None = None):
+    def __init__(self, name: str, question: str, namespace: dict, n_seeds: int | None = None,
+                 trains: bool = True):
         import matplotlib.pyplot as plt
 
         import model
@@ -95,19 +97,22 @@ class Lab:
         self.configs()  # refuses values out of range
         for spacing in (self.spacing, self.wide):
             lawa_core.lawa(self.k, spacing)  # refuses a window that is none
-            if spacing % self.config.ckpt_interval:
+            if trains and spacing % self.config.ckpt_interval:
                 raise LawaError(f"spacing must be a multiple of the checkpoint interval "
                                 f"{self.config.ckpt_interval}, got {spacing}")
         self.at = {share: self.step(share) for share in SHARES}
         self.end = self.step(1)
         default = model.ROOT / "results" / f"scale-{self.scale}"
         self.folder = Path(self.values.get("out") or default) / results_name(name, self.given)
+        self.trains = trains
         self.trained = 0  # runs
         self.figures = []
         self.tables = []
         self.claims = []
         plt.rcParams.update(STYLE)
         what = f"{self.config.preset}, {self.config.max_iters:,} steps, seeds {self.seeds}"
+        if not trains:
+            what = "nothing is trained"
         if self.scale == "smoke":
             what += "; a check of the machinery that prints no verdict: -p scale laptop gives one"
         shown = self.folder
@@ -180,7 +185,7 @@ class Lab:
                 raise LawaError("; ".join(told) + "; or go on all the same with -p force True")
         folders = train_all(configs, state_at=states, **more)
         self.trained += len(missing)
-        if missing and _clear_progress():
+        if missing and clear_progress():
             print(cost)
         return folders
 
@@ -200,14 +205,16 @@ class Lab:
             about = {field: getattr(config, field) for field in fields}
             for row in model.evaluate_trajectory(run, rules, steps, self.values["n_blocks"]):
                 rows.append(about | row)
-        _clear_progress()
+        clear_progress()
         return rows
 
     def figure(self, fig, name: str, title: str, caption: str) -> None:
         """Keep a matplotlib figure as PNG under the results; the notebook shows it as well."""
         self.folder.mkdir(parents=True, exist_ok=True)
         fig.savefig(self.folder / f"{name}.png", dpi=160, bbox_inches="tight")
-        self.figures.append({"file": f"{name}.png", "title": title, "caption": caption})
+        width, height = fig.get_size_inches()
+        self.figures.append({"file": f"{name}.png", "title": title, "caption": caption,
+                             "wide": bool(width > 2.5 * height)})
 
     def table(self, name: str, title: str, rows: list[dict], caption: str) -> None:
         """Keep rows, all with the same keys, as a table: CSV under the results; prints it too."""
@@ -274,7 +281,8 @@ class Lab:
         record = {
             "notebook": self.name, "title": self.name.replace("_", " "), "question": self.question,
             "scale": self.scale,
-            "params": {key: value for key, value in self.values.items() if key != "out"},
+            "params": {key: value for key, value in self.values.items()
+                       if key != "out" and (self.trains or self.given.get(key) is not None)},
             "command": shlex.join(command),
             "seconds": round(time.monotonic() - self.begun, 1), "runs_trained": self.trained,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -315,7 +323,7 @@ def results_name(name: str, given: dict) -> str:
     return words
 
 
-def _clear_progress() -> bool:
+def clear_progress() -> bool:
     """In a notebook, take away the lines of progress, and what else the cell printed; is it one?"""
     from IPython import get_ipython
     from IPython.display import clear_output

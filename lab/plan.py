@@ -117,7 +117,7 @@ class Plan:
         for name, (rate, size) in DEVICES.items():
             small = " (too small)" if memory > size * 1e9 else ""
             times.append(
-                f"{_duration(self.flops / rate)} on {name} at {rate / 1e12:g} TFLOP/s{small}")
+                f"{duration(self.flops / rate)} on {name} at {rate / 1e12:g} TFLOP/s{small}")
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         beside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.host.items() if size)
         room = fits = "enough"
@@ -205,7 +205,7 @@ def _memory(device, ram: int) -> int:
     return ram
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -30,10 +30,15 @@ import lawa_core
 import model as nanogpt
 from lab.hf import public_model, save_hf, write_hf
 from lab.hub import open_hub, span
-from lab.plan import DEVICES
-from lab.statistics import LEVEL, MARGIN, Difference
+from lab.plan import DEVICES, duration
+from lab.statistics import LEVEL, MARGIN, Difference, difference
 from lawa_core import LawaError, checkpoint_name, explicit, lawa, newest, row, scheme_dir
 from model import BLOCKS, Corpus, evaluate_trajectory, open_corpus, pick_device, read_losses
+
+
+def is_stand_in(model) -> bool:
+    """Is it a preset, to be trained here, and so no public model?"""
+    return str(model) in nanogpt.PRESETS and not str(model).startswith("pythia")
 
 
 def export_steps(run, dtype=torch.float16) -> Path:
@@ -101,6 +106,7 @@ class Job:
             every point that needs them is recorded, and then go.
         store: where losses, documents and rows are kept, default runs/replays/NAME.
         names, endpoint: as for `open_hub`; allow_duplicates: take revisions that share files.
+        name: of the model, in words; default the repository's or folder's.
     Errors: LawaError for what cannot be, before anything is fetched.
     """
     model: str
@@ -120,10 +126,11 @@ class Job:
     names: str | None = None
     endpoint: str | None = None
     allow_duplicates: bool = False
+    name: str = ""
 
     def __post_init__(self):
         self.model = str(self.model)
-        self.name = self.model.rstrip("/").split("/")[-1]
+        self.name = self.name or self.model.rstrip("/").split("/")[-1]
         self.on_hub = not Path(self.model).is_dir()
         self.points = sorted(set(map(int, self.points)))
         if not self.points or self.points[0] < 0:
@@ -159,12 +166,19 @@ class Job:
     def trajectory(self) -> lawa_core.Trajectory:
         """The checkpoints that the points' windows need."""
         if not self.on_hub:
-            return lawa_core.open_trajectory(self.model)
+            found = lawa_core.open_trajectory(self.model)
+            found.name = self.name
+            return found
         window = {at - j * self.spacing for at in self.points for j in range(self.k)}
         needed = {step for step in window if step > 0} | set(self.points)  # step 0 is noise
         allow = ["duplicates"] if self.allow_duplicates else []
         return open_hub(self.model, needed, self.hub_folder, names=self.names, allow=allow,
                         keep=True, endpoint=self.endpoint)
+
+    @functools.cached_property
+    def last(self) -> int:
+        """The newest step there is, on the Hub also beyond the points."""
+        return self.trajectory.last if self.on_hub else self.trajectory.steps[-1]
 
     @functools.cached_property
     def like(self) -> Path:
@@ -251,7 +265,7 @@ class Job:
         if not any(self._lacking()):
             shutil.rmtree(self.store / "models", ignore_errors=True)
         rows = replay(self.trajectory, self.schemes, self.corpus, points, **options)
-        rows = [{"model": self.model} | line for line in rows]
+        rows = [{"model": self.name} | line for line in rows]
         if points == self.points:
             self._write(rows)
         elif not any(self._lacking()):
@@ -347,7 +361,7 @@ class Job:
         for step in self.task_steps:
             for (label, _), path in self._documents(step).items():
                 if path.exists():
-                    about = {"model": self.model, "step": step, "scheme": label}
+                    about = {"model": self.name, "step": step, "scheme": label}
                     found.append(about | json.loads(path.read_text()))
         return found
 
@@ -355,10 +369,12 @@ class Job:
         """What is still to do takes, in words; fetches config.json and the tokenizer alone."""
         unknown, again = self._lacking()
         todo = sorted({*unknown, *again})
-        lines = [f"{self.model}: {len(self.points)} points, {len(todo)} to do"]
+        lines = [f"{self.name}: {len(self.points)} points, {len(todo)} to do"]
+        if not todo:
+            return lines[0]
         models = len(todo) * (1 + len(self.schemes))
         size = self.trajectory[self.trajectory.steps[-1]].nbytes if not self.on_hub else 0
-        if todo and self.on_hub:
+        if self.on_hub:
             hub = self.trajectory
             found = hub.plan(self._windows(), todo, True)
             size = max(map(hub.nbytes, hub.steps))
@@ -373,8 +389,8 @@ class Job:
                 f"  at most {disk / 1e9:.2f} GB on disk ({running / 1e9:.2f} GB of it EMA and "
                 f"SWA), {size / 1e9:.2f} GB of an average in memory"]
         flops = 2 * size / self._itemsize() * self.eval_tokens * models
-        times = ", ".join(f"{flops / rate / 3600:.2g} hours on {name}"
-                          for name, (rate, _) in DEVICES.items() if name != "RTX 4090")
+        times = ", ".join(f"{duration(flops / rate)} on {name}"
+                          for name, (rate, _) in DEVICES.items())
         lines.append(f"  {models} models of {size / self._itemsize() / 1e6:,.1f}M parameters to "
                      f"evaluate on {self.eval_tokens:,} tokens each: {flops:.1e} FLOPs, {times}")
         if self.on_hub:
@@ -428,7 +444,88 @@ def zero_shot(folder, tasks: Sequence[str], *, device: str = "cpu", task_path=No
     return rows
 
 
-# ---- Statistics ----------------------------------------------------------------------------------
+# ---- What it shows -------------------------------------------------------------------------------
+
+class Curves:
+    """What a job found, as arrays over its points.
+
+    Attributes: steps (points,); losses {scheme: (points, blocks)}; loss {scheme: (points,)}, their
+    means; stride, steps between points; window, how many points in a row share checkpoints of
+    LAWA's; full, the indices of points whose window is full; spikes, those of the run's spikes.
+    """
+
+    def __init__(self, job: Job, rows: list[dict]):
+        self.name = job.name
+        self.steps = np.array(job.points)
+        self.losses = {}
+        for scheme in ("run", *job.schemes):
+            own = [line["losses"] for line in rows
+                   if (line["model"], line["scheme"]) == (job.name, scheme)]
+            self.losses[scheme] = np.array(own)
+        self.loss = {scheme: values.mean(1) for scheme, values in self.losses.items()}
+        back = (job.k - 1) * job.spacing
+        self.stride = int(np.diff(self.steps).min(initial=job.spacing))
+        self.window = back // self.stride + 1
+        self.full = np.flatnonzero(self.steps - back >= min(job.trajectory.steps))
+        self.spikes = spikes(self.loss["run"])
+
+    def gains(self, better: str = "lawa", than: str = "run") -> list[Difference]:
+        """At each point, by how much a scheme is better than another, paired over blocks."""
+        return [difference(values, over="blocks")
+                for values in self.losses[than] - self.losses[better]]
+
+    def mean_gain(self, better: str = "lawa", than: str = "run") -> Difference:
+        """The mean over the points with a full window (see `over_points`)."""
+        gains = (self.loss[than] - self.loss[better])[self.full]
+        return over_points(gains, self.window) if len(gains) else None
+
+    def near(self, share: float, whole: int) -> int | None:
+        """The index of the point at a share of the whole run, if there is one within a stride."""
+        i = int(np.abs(self.steps - share * whole).argmin())
+        return i if abs(self.steps[i] - share * whole) <= self.stride else None
+
+    def heights(self) -> list[tuple[int, int, Difference]]:
+        """Of each spike (its index; where LAWA is highest while the spike is in its window; by how
+        much more the run rises there than LAWA, each above its own two points before)."""
+        found = []
+        for i in self.spikes:
+            last = i + int(self.loss["lawa"][i:i + self.window].argmax())
+            rise, averaged = (
+                self.losses[scheme][at] - self.losses[scheme][[i - 2, i - 1]].mean(0)
+                for scheme, at in (("run", i), ("lawa", last)))  # (blocks,)
+            found.append((int(i), last, difference(rise - averaged, over="blocks")))
+        return found
+
+
+def spikes(loss) -> np.ndarray:
+    """Indices of points at which a run's loss, (points,), spikes.
+
+    It stands above the median of the five points around it by at least 0.02 nats and ten times
+    the usual (median) deviation. The first quarter falls too steeply to tell, and the last two
+    points have no neighbours after them.
+    """
+    padded = np.pad(loss, 2, mode="edge")
+    above = loss - np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
+    settled = np.arange(len(loss)) >= max(len(loss) // 4, 2)
+    settled[-2:] = False
+    return np.flatnonzero(settled & (above > max(10 * np.median(np.abs(above)), 0.02)))
+
+
+def better_answers(accuracies: list[dict], better: str = "lawa", than: str = "run") -> list[dict]:
+    """[{"model", "step", "task", "found"}]: by how many in a hundred documents more a scheme is
+    right than another, paired over documents."""
+    answers = {}
+    for line in accuracies:
+        key = line["model"], line["step"], line["task"]
+        answers.setdefault(key, {})[line["scheme"]] = np.array(line["documents"])
+    found = []
+    for (name, step, task), by_scheme in answers.items():
+        if {better, than} <= by_scheme.keys():
+            more = difference(100 * (by_scheme[better] - by_scheme[than]), margin=0.5,
+                              unit="% of documents", over="documents")
+            found.append({"model": name, "step": step, "task": task, "found": more})
+    return found
+
 
 def over_points(values, length: int, *, margin: float = MARGIN, unit: str = "nats",
                 draws: int = 4000) -> Difference:
@@ -538,7 +635,7 @@ def main(argv=None) -> int:
         for job, points in () if args.dry_run else parts(jobs, number, count):
             print(job.plan(), flush=True)
             job.run(points)
-            print(f"{job.model}: {len(points)} points done; kept in {job.store}", flush=True)
+            print(f"{job.name}: {len(points)} points done; kept in {job.store}", flush=True)
     except (LawaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -548,20 +645,22 @@ def main(argv=None) -> int:
     return 0
 
 
-def words(text: str) -> list[str]:
-    """The parts of a text between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def words(text) -> list[str]:
+    """The parts of a text between commas, or of a list."""
+    parts = text if isinstance(text, list | tuple) else str(text).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def jobs_of(models: Sequence[str], hub_folder=None, store=None, **options) -> list[Job]:
     """A job for each model, with folders of its own in those given."""
     jobs = []
-    for model in models:
-        name = str(Path(model).resolve()) if Path(model).is_dir() else model
-        name = name.strip("/").replace("/", "--")
-        own = {key: Path(folder) / name
+    last = [model.rstrip("/").split("/")[-1] for model in models]
+    for model, name in zip(models, last, strict=True):
+        place = str(Path(model).resolve()) if Path(model).is_dir() else model
+        place = place.strip("/").replace("/", "--")
+        own = {key: Path(folder) / place
                for key, folder in (("hub_folder", hub_folder), ("store", store)) if folder}
-        jobs.append(Job(model, **own, **options))
+        jobs.append(Job(model, **own, **options, name=model if last.count(name) > 1 else name))
     return jobs
 
 

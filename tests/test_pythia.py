@@ -700,11 +700,6 @@ def test_without_the_client(monkeypatch):
         lab_hub.open_hub(REPO)
 
 
-def test_the_rate_is_measured_with_one_range_request(hub, tmp_path):
-    trajectory = opened(hub, tmp_path)
-    assert trajectory.measure(1000) > 0 and weights_sent(hub) == 1000
-
-
 def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, capsys):
     local = {"folder": tmp_path / "cache", "endpoint": hub.url, "token": False}
     monkeypatch.setitem(lawa_core.SOURCES, "hub", functools.partial(lab_hub.open_hub, **local))
@@ -954,12 +949,13 @@ def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):
         "model": REPO,
         "steps": "10,40,10",
         "k": 2,
+        "spacing": 10,
         "corpus": str(corpus.folder),
         "eval_tokens": 256,
         "endpoint": hub.url,
         "hub_folder": str(tmp_path / "cache"),
         "device": "cpu",
-        "on_disk": True,
+        "store": str(tmp_path / "store"),
         "hours": 40.0,
         "out": str(tmp_path / "out"),
     }
@@ -976,11 +972,11 @@ def test_the_notebook_replays_a_model_of_the_hub(hub, tmp_path, corpus):
         output.get("text", "") for cell in made.cells for output in cell.get("outputs", [])
     )
     assert (
-        "4 revisions, 0.0 GB to fetch" in printed
-        and "pythia-nano: 4 checkpoints of 0.03M parameters, 4 points" in printed
+        "4 revisions, 0.00 GB to fetch" in printed
+        and "pythia-nano: 4 points, 4 to do" in printed
     )
     (path,) = tmp_path.glob("out/pythia_replay*/record.json")
     record = json.loads(path.read_text())
-    assert len(record["claims"]) == 3 and "GPU hours" in printed and len(record["figures"]) == 3
+    assert len(record["claims"]) == 6 and "GPU hours" in printed and len(record["figures"]) == 3
     assert "stand-in" not in printed  # claims of a model that was loaded are judged
     assert hub.sent["pytorch_model.bin"] and not any("step0/" in request for request in hub.log)

@@ -263,6 +263,16 @@ class Watched(Hub):
         return [shas.count(sha) for sha in set(shas)]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Weights in a folder, fetched or under way; what goes meanwhile is no error."""
+    return [
+        Path(top, name)
+        for top, _, names in os.walk(folder)
+        for name in names
+        if name.endswith((*WEIGHTS, ".incomplete"))
+    ]
+
+
 class Disk:
     """What lies in a hub folder, looked at again and again."""
 
@@ -275,9 +285,7 @@ class Disk:
     def look(self) -> None:
         for name, folder in self.folders.items():
             steps = set()
-            for path in list(folder.rglob("*")) if folder.exists() else []:
-                if not path.name.endswith((*WEIGHTS, ".incomplete")):
-                    continue
+            for path in weight_files(folder):
                 with suppress(OSError):  # it may go at any moment
                     stat = path.stat()
                     steps.add(next((p for p in path.parts if re.fullmatch(r"step\d+", p)), "?"))
@@ -288,12 +296,7 @@ class Disk:
             self.most[name] = max(self.most[name], len(steps))
 
     def left(self) -> list[Path]:
-        return [
-            path
-            for folder in self.folders.values()
-            for path in folder.rglob("*")
-            if path.name.endswith((*WEIGHTS, ".incomplete"))
-        ]
+        return [path for folder in self.folders.values() for path in weight_files(folder)]
 
 
 class Night:
@@ -370,6 +373,10 @@ def table(rows: bytes) -> list[dict]:
     return list(csv.DictReader(io.StringIO(rows.decode())))
 
 
+def short(name: str) -> str:
+    return name.split("/")[-1]
+
+
 ZERO_SHOT = ("--tasks", "toy", "--task-steps", "50,80", "--task-path")
 
 
@@ -400,7 +407,7 @@ def test_a_night_replays_every_model(undisturbed):
     for name in MODELS:
         rows = table(undisturbed.rows(name))
         assert list(rows[0])[:3] == ["model", "step", "scheme"]
-        assert {row["model"] for row in rows} == {name}
+        assert {row["model"] for row in rows} == {short(name)}
         assert {"loss", "loss_se", "gain", "gain_se"} <= set(rows[0])
         found = sorted((int(row["step"]), row["scheme"]) for row in rows)
         assert found == sorted((t, s) for t in POINTS for s in ("run", "lawa", "ema", "swa"))
@@ -460,7 +467,7 @@ def test_killed_twice_it_ends_in_the_same_rows(world, hub, undisturbed, seed):
 def test_started_again_after_the_end_it_asks_for_no_weights_and_changes_nothing(hub, undisturbed):
     hub.reset()
     before = undisturbed.kept()
-    undisturbed.wait(undisturbed.start())
+    assert command(*undisturbed.arguments) == 0
     assert undisturbed.kept() == before and undisturbed.disk.left() == []
     assert hub.begun == []
 
@@ -483,10 +490,8 @@ def test_a_job_reads_what_the_command_kept(world, hub, undisturbed, name, tmp_pa
     rows, kept = opened.run(), table(undisturbed.rows(name))
     assert len(rows) == len(kept) == 4 * len(POINTS)
     for row, line in zip(rows, kept, strict=True):
-        assert (name, str(row["step"]), row["scheme"]) == (
-            line["model"], line["step"], line["scheme"],
-        )  # fmt: skip
-        assert row["losses"].shape == (BLOCKS,) and row["model"] == name
+        assert [str(row[key]) for key in ("model", "step", "scheme")] == list(line.values())[:3]
+        assert row["losses"].shape == (BLOCKS,) and row["model"] == short(name)
         assert float(line["loss"]) == pytest.approx(row["losses"].mean(), abs=1e-12)
         assert float(line["gain"]) == pytest.approx(row["gain"], abs=1e-12)
     assert [row["step"] for row in opened.run([30, 40])] == [30] * 4 + [40] * 4
@@ -496,7 +501,7 @@ def test_a_job_reads_what_the_command_kept(world, hub, undisturbed, name, tmp_pa
     for row in found.values():
         documents = np.asarray(row["documents"])
         assert documents.shape == (len(ITEMS),) and set(documents.tolist()) <= {0, 1}
-        assert (row["model"], row["task"]) == (name, "toy")
+        assert (row["model"], row["task"]) == (short(name), "toy")
         assert row["accuracy"] == pytest.approx(documents.mean())
         assert row["stderr"] == pytest.approx(documents.std(ddof=1) / len(ITEMS) ** 0.5)
     assert hub.begun == []
@@ -581,32 +586,34 @@ def test_the_notebook_finds_it_done_and_the_page_shows_it(world, hub, undisturbe
 
     (path,) = (tmp_path / "out").glob("pythia_replay*/record.json")
     record = json.loads(path.read_text())
-    assert record["tables"] and record["figures"] and record["claims"]
+    assert record["figures"] and record["claims"]
+    (kept,) = [kept for kept in record["tables"] if kept["file"] == "zero_shot.csv"]
+    shown = [dict(zip(kept["columns"], row, strict=True)) for row in kept["rows"]]
+    shown = {(row["model"], int(row["step"]), row["task"]): row for row in shown}
     found = [row for name in MODELS for row in job(world, hub, undisturbed, name).accuracies()]
-    assert len(found) == 3 * 2 * 4
-    told = json.dumps(record["tables"])
+    assert len(found) == 3 * 2 * 4 and len(shown) == 3 * 2
     for row in found:
-        for words in (row["model"].split("/")[-1], str(row["step"]), "toy"):
-            assert words in told
-        assert number(row["accuracy"], told) and number(row["stderr"], told), row
+        label = {"run": "the run"}.get(row["scheme"], row["scheme"].upper())
+        there = shown[row["model"], row["step"], "toy"]
+        assert there[label] == f"{row['accuracy']:.4f}"
+        assert there[f"± {label}"] == f"{row['stderr']:.4f}"
+        assert there["documents"] == str(len(ITEMS))
+    rows = table((path.parent / "rows.csv").read_bytes())
+    own = [row for name in MODELS for row in table(undisturbed.rows(name))]
+    for key in ("model", "step", "scheme", "loss", "gain", "gain_se"):
+        assert [row[key] for row in rows] == [row[key] for row in own], key
 
+    shutil.copy(tmp_path / "made.ipynb", path.parent / f"{path.parent.name}.ipynb")
     page = lab.report.build(tmp_path / "out").read_text()
     for figure in record["figures"]:
         assert (path.parent / figure["file"]).stat().st_size > 1000
-        assert figure["file"] in page
-    for row in found:
-        assert number(row["accuracy"], page) and number(row["stderr"], page), row
-    assert "<table" in page and "toy" in page and "missing" not in page
-    for name in MODELS:
-        assert name.split("/")[-1] in page
-
-
-def number(value: float, text: str) -> bool:
-    """Whether a text has it, as a share or in percent, with three digits or more."""
-    return any(
-        words in text
-        for words in (f"{value:.3f}", f"{value:.4f}", f"{100 * value:.1f}", f"{100 * value:.2f}")
-    )
+        assert f"/{figure['file']}" in page
+    cells = [
+        [re.sub("<.*?>", "", cell).strip() for cell in re.findall(r"(?s)<t[dh]\b.*?</t[dh]>", row)]
+        for row in re.findall(r"(?s)<tr\b.*?</tr>", page)
+    ]
+    assert [row for row in cells if row in kept["rows"]] == kept["rows"]
+    assert kept["columns"] in cells and ": missing" not in page
 
 
 # ---- The plan ------------------------------------------------------------------------------------
@@ -632,7 +639,7 @@ def test_a_dry_run_tells_the_cost_and_fetches_no_weights(world, hub, tmp_path, c
     assert command(*night.arguments, "--dry-run") == 0
     told = capsys.readouterr().out
     for name in MODELS:
-        assert name.split("/")[-1] in told
+        assert short(name) in told
     assert len(re.findall(r"\b8 revisions", told)) == len(MODELS)
     assert len(re.findall(r"\d (?:[kMGT]?B|bytes)\b", told)) >= len(MODELS)
     assert len(re.findall(r"\d h(?:ours?)?\b", told)) >= len(MODELS)
@@ -675,35 +682,45 @@ def test_two_slices_of_two_models(world, hub, undisturbed, tmp_path):
     assert night.disk.left() == []
 
 
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        ((("--slice", "0/2"), {}), (("--slice", "1/2"), {})),
-        (((), {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}),
-         ((), {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})),
-        *[
-            (((), {"SLURM_ARRAY_TASK_ID": str(first), "SLURM_ARRAY_TASK_MIN": str(first),
-                   "SLURM_ARRAY_TASK_COUNT": "2"}),
-             ((), {"SLURM_ARRAY_TASK_ID": str(first + 1), "SLURM_ARRAY_TASK_MIN": str(first),
-                   "SLURM_ARRAY_TASK_COUNT": "2"}))
-            for first in (1,)
-        ],
-    ],
-    ids=["slices", "torchrun", "slurm"],
-)  # fmt: skip
-def test_two_processes_share_one_model(world, hub, undisturbed, tmp_path, one, other):
+def expect_run_and_lawa(night, hub, undisturbed) -> None:
+    """Of the first model, by several processes, with each file sent once between them."""
+    expected = [row for row in table(undisturbed.rows(TINY)) if row["scheme"] in ("run", "lawa")]
+    assert table(night.rows(TINY)) == expected and len(expected) == 2 * len(POINTS)
+    assert {sha for _, sha in hub.ended} == hub.weights(TINY) and set(hub.times()) == {1}
+    assert night.disk.left() == []
+
+
+def test_two_slices_of_one_model(world, hub, undisturbed, tmp_path):
     """Its points are cut into two pieces, whose windows meet: files are shared, not fetched twice.
 
     An average that needs every checkpoint in order is left out, which is said.
     """
     hub.reset()
     night = Night(world, hub, tmp_path, (TINY,))
-    said = both(night, one, other)
-    expected = [row for row in table(undisturbed.rows(TINY)) if row["scheme"] in ("run", "lawa")]
-    assert table(night.rows(TINY)) == expected and len(expected) == 2 * len(POINTS)
-    assert any(re.search("EMA and SWA", told) for told in said), said
-    assert {sha for _, sha in hub.ended} == hub.weights(TINY) and set(hub.times()) == {1}
-    assert list(night.hub_folder.rglob("*.safetensors")) == []
+    said = both(night, (("--slice", "0/2"), {}), (("--slice", "1/2"), {}))
+    expect_run_and_lawa(night, hub, undisturbed)
+    assert all(re.search("EMA and SWA are left out", told) for told in said), said
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "the last first"])
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_processes_are_told_apart_by_their_launcher(
+    world, hub, undisturbed, tmp_path, monkeypatch, launcher, order
+):
+    """One after the other: the first leaves the files that the second needs, and no rows yet."""
+    hub.reset()
+    night = Night(world, hub, tmp_path, (TINY,))
+    for turn, rank in enumerate(order):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+        if launcher == "slurm":  # as of sbatch --array=1-2
+            names = ("ID", "MIN", "COUNT")
+            variables = dict(zip(names, (rank + 1, 1, 2), strict=True))
+            variables = {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        assert command(*night.arguments) == 0
+        assert (night.own(TINY) / "rows.csv").exists() == (turn == 1)
+    expect_run_and_lawa(night, hub, undisturbed)
 
 
 # ---- Other architectures, other averages ---------------------------------------------------------
