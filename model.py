@@ -1090,9 +1090,8 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         make: makes an empty model on the device, the only one used, if there is need of it
         load: load(model, state) copies an average into it, default load_state_dict
         each: each(step, label, state) is called before an evaluation
-        cache: a .npz, one per n_blocks; default eval_<n_blocks>.npz in a run folder, else none
-        averages: where those kept while training are, default the run folder
-        anew: steps that are evaluated again
+        cache: Path of a .npz; default eval_<n_blocks>.npz in a run folder, else none
+        averages: where those kept while training are, default the run folder; anew: steps to redo
     Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se",
     "n_blocks", "losses", "gains"}: loss in nats per token with its standard error over blocks, bpb
     in bits per byte of text, gain = run minus average on the same blocks (positive is good); losses
@@ -1102,7 +1101,6 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     if make is None:
         shape, corpus = run_model(run)
         cache = cache or Path(run) / f"eval_{n_blocks}.npz"
-    cache = cache and Path(cache)
     trajectory = lawa_core.open_trajectory(run)
     schemes = {"run": lawa_core.newest(), **schemes}
     at = list(trajectory.steps if at is None else at)

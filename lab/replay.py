@@ -263,7 +263,8 @@ class Job:
                 self._ask(piece[-1])
                 self._let_go()
         if not any(self._lacking()):
-            shutil.rmtree(self.store / "models", ignore_errors=True)
+            for name in ("models", *map(scheme_dir, map(str, self.schemes.values()))):
+                shutil.rmtree(self.store / name, ignore_errors=True)
         rows = replay(self.trajectory, self.schemes, self.corpus, points, **options)
         rows = [{"model": self.name} | line for line in rows]
         if points == self.points:
@@ -451,7 +452,7 @@ class Curves:
 
     Attributes: steps (points,); losses {scheme: (points, blocks)}; loss {scheme: (points,)}, their
     means; stride, steps between points; window, how many points in a row share checkpoints of
-    LAWA's; full, the indices of points whose window is full; spikes, those of the run's spikes.
+    LAWA's; full, the indices of points whose window is full; spikes, see there.
     """
 
     def __init__(self, job: Job, rows: list[dict]):
@@ -488,27 +489,29 @@ class Curves:
         """Of each spike (its index; where LAWA is highest while the spike is in its window; by how
         much more the run rises there than LAWA, each above its own two points before)."""
         found = []
-        for i in self.spikes:
+        for first, i in self.spikes:
             last = i + int(self.loss["lawa"][i:i + self.window].argmax())
             rise, averaged = (
-                self.losses[scheme][at] - self.losses[scheme][[i - 2, i - 1]].mean(0)
+                self.losses[scheme][at] - self.losses[scheme][[first - 2, first - 1]].mean(0)
                 for scheme, at in (("run", i), ("lawa", last)))  # (blocks,)
-            found.append((int(i), last, difference(rise - averaged, over="blocks")))
+            found.append((i, last, difference(rise - averaged, over="blocks")))
         return found
 
 
-def spikes(loss) -> np.ndarray:
-    """Indices of points at which a run's loss, (points,), spikes.
+def spikes(loss) -> list[tuple[int, int]]:
+    """The spikes of a run's loss, (points,): (index of the first point, of the highest) of each.
 
-    It stands above the median of the five points around it by at least 0.02 nats and ten times
-    the usual (median) deviation. The first quarter falls too steeply to tell, and the last two
-    points have no neighbours after them.
+    A point belongs to one if it stands above the median of the five points around it by at least
+    0.02 nats and ten times the usual (median) deviation; points in a row are one spike. The first
+    quarter falls too steeply to tell, and the last two points have no neighbours after them.
     """
     padded = np.pad(loss, 2, mode="edge")
     above = loss - np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
     settled = np.arange(len(loss)) >= max(len(loss) // 4, 2)
     settled[-2:] = False
-    return np.flatnonzero(settled & (above > max(10 * np.median(np.abs(above)), 0.02)))
+    high = np.flatnonzero(settled & (above > max(10 * np.median(np.abs(above)), 0.02)))
+    groups = np.split(high, np.flatnonzero(np.diff(high) > 1) + 1) if len(high) else []
+    return [(int(group[0]), int(group[np.argmax(loss[group])])) for group in groups]
 
 
 def better_answers(accuracies: list[dict], better: str = "lawa", than: str = "run") -> list[dict]:

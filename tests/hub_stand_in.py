@@ -70,7 +70,7 @@ class Hub:
         }
         self.servers = [
             ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (kind,), {"hub": self}))
-            for kind in (_Api, _Storage)
+            for kind in (_Api, Storage)
         ]
         for server in self.servers:
             threading.Thread(
@@ -248,7 +248,7 @@ class _Api(_Handler):
         return self.body(name, data, headers | {"ETag": f'"{_oid(data)}"'}, fault)
 
 
-class _Storage(_Handler):
+class Storage(_Handler):
     def serve(self, fault):
         if "Authorization" in self.headers:
             return self.refuse(400)  # tokens must not leave the hub

@@ -1690,12 +1690,11 @@ def test_a_trajectory_of_another_model(copied, corpus, tmp_path):
         seen.append((step, label))
 
     def ask(cache):
-        net = model.empty_model(model.gpt_config("nano", 257))
         return evaluate_trajectory(
             theirs,
             {"LAWA": lawa(2, 2)},
             n_blocks=10,
-            model=net,
+            make=lambda: model.empty_model(model.gpt_config("nano", 257)),
             corpus=open_corpus(corpus),
             load=load,
             each=each,

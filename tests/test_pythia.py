@@ -848,6 +848,66 @@ def test_steps_saved_are_none_for_the_run_itself_and_bounded_at_its_end():
     assert worse[1:] == pytest.approx(-5)
 
 
+def replayed(loss, averaged, k=3, spacing=10):
+    """Curves of made-up losses, (points, blocks) each."""
+    steps = np.arange(1, len(loss) + 1) * spacing
+    job = types.SimpleNamespace(
+        name="m", points=steps, k=k, spacing=spacing, schemes={"lawa": None},
+        trajectory=types.SimpleNamespace(steps=steps.tolist()),
+    )
+    rows = [
+        {"model": "m", "scheme": scheme, "losses": blocks}
+        for scheme, values in (("run", loss), ("lawa", averaged))
+        for blocks in values
+    ]
+    return replay.Curves(job, rows)
+
+
+def test_spikes_are_found_and_their_heights_compared():
+    base = np.linspace(4, 3, 41)
+    loss = base + 0.001 * np.random.default_rng(0).normal(size=41)
+    assert replay.spikes(loss) == []
+    loss[[20, 21, 30]] += [0.2, 0.5, 0.1]
+    assert replay.spikes(loss) == [(20, 21), (30, 30)]  # points in a row are one spike
+    early = base.copy()
+    early[[3, 39]] += 1  # where nothing can be told
+    assert replay.spikes(early) == []
+    blocks = np.array([-0.1, 0, 0.1])
+    averaged = base.copy()
+    averaged[22] += 0.25  # in the spike's window, after its top
+    averaged[25] += 0.9  # beyond it
+    curves = replayed(loss[:, None] + blocks, averaged[:, None] + blocks)
+    (top, last, found), (_, _, other) = curves.heights()
+    assert (top, last) == (21, 22) and found.over == "blocks" and found.n == 3
+    rise = loss[21] - (loss[18] + loss[19]) / 2
+    assert found.mean == pytest.approx(rise - (averaged[22] - (averaged[18] + averaged[19]) / 2))
+    assert other.outcome == "holds" and curves.window == 3
+
+
+def test_gains_and_the_points_that_have_a_full_window():
+    rng = np.random.default_rng(1)
+    loss = 3 + rng.normal(size=(12, 8)) * 0.1
+    curves = replayed(loss, loss - 0.05, k=4)
+    assert curves.full.tolist() == list(range(3, 12))
+    assert [found.outcome for found in curves.gains()] == ["holds"] * 12
+    assert curves.mean_gain().mean == pytest.approx(0.05) and curves.mean_gain().n == 9
+    assert curves.mean_gain("run", "lawa").mean == pytest.approx(-0.05)
+    assert curves.near(0.5, 120) == 5 and curves.near(1, 200) is None
+    assert replayed(loss[:3], loss[:3], k=4).mean_gain() is None
+
+
+def test_answers_are_compared_document_by_document():
+    about = {"model": "m", "step": 10, "task": "t"}
+    right = {"run": [0, 0, 1, 1] * 25, "lawa": [0, 1, 1, 1] * 25, "ema": [0, 0, 1, 1] * 25}
+    told = [about | {"scheme": scheme, "documents": one} for scheme, one in right.items()]
+    (found,) = replay.better_answers(told)
+    assert found["found"].mean == 25 and found["found"].outcome == "holds"
+    assert found["found"].n == 100 and found["found"].over == "documents"
+    (same,) = replay.better_answers(told, "ema")
+    assert same["found"].outcome == "no difference"
+    assert replay.better_answers(told, "swa") == []
+
+
 # ---- Zero-shot and the notebook ------------------------------------------------------------------
 
 WORDS = [

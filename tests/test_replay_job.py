@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hub_stand_in import Hub, _Storage
+from hub_stand_in import Hub, Storage
 from safetensors.torch import load_file, save as packed
 
 import lab.report
@@ -210,7 +210,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 # ---- The Hub, watched ----------------------------------------------------------------------------
 
 
-class Slow(_Storage):
+class Slow(Storage):
     """Weights go out in pieces, so that a client that is killed is noticed in the middle."""
 
     def serve(self, fault):
