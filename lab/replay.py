@@ -156,22 +156,22 @@ class Job:
         """The repository's name; a folder's with a hash of what lies there and when it was made."""
         if self.on_hub:
             return self.model.replace("/", "--")
-        made = [str(Path(self.model).resolve())]
-        made += [f"{path.name} {path.stat().st_mtime_ns}" for path in Path(self.model).iterdir()]
-        return f"{self.name}-{hashlib.sha256(repr(sorted(made)).encode()).hexdigest()[:10]}"
+        files = sorted(Path(self.model).resolve().glob("*/*"))
+        made = [f"{path} {path.stat().st_mtime_ns}" for path in files]
+        return f"{self.name}-{hashlib.sha256(repr(made).encode()).hexdigest()[:10]}"
 
     # ---- what there is ----
 
     @functools.cached_property
     def trajectory(self) -> lawa_core.Trajectory:
         """The checkpoints that the points' windows need."""
+        allow = ["duplicates"] if self.allow_duplicates else []
         if not self.on_hub:
             found = lawa_core.open_trajectory(self.model)
-            found.name = self.name
+            found.name, found.allow = self.name, allow
             return found
         window = {at - j * self.spacing for at in self.points for j in range(self.k)}
         needed = {step for step in window if step > 0} | set(self.points)  # step 0 is noise
-        allow = ["duplicates"] if self.allow_duplicates else []
         return open_hub(self.model, needed, self.hub_folder, names=self.names, allow=allow,
                         keep=True, endpoint=self.endpoint)
 

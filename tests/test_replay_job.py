@@ -440,7 +440,7 @@ def test_killed_twice_it_ends_in_the_same_rows(world, hub, undisturbed, seed):
     assert process.returncode == -signal.SIGKILL
 
     already = len(night.documents())
-    more = random.integers(1, max(2, len(undisturbed.documents()) - already - 3))
+    more = random.integers(1, max(2, len(undisturbed.documents()) - already - 5))
     process = night.start()
     night.wait(process, until=lambda: len(night.documents()) >= already + more)
     time.sleep(random.uniform(0, 0.3))
@@ -459,7 +459,7 @@ def test_killed_twice_it_ends_in_the_same_rows(world, hub, undisturbed, seed):
     for sha in {sha for _, sha in hub.ended}:
         ends = [when for when, other in hub.ended if other == sha]
         for end in ends[:-1]:
-            assert any(0 < moment - end < 1 for moment in killed), "sent twice, and no kill near"
+            assert any(0 < moment - end < 3 for moment in killed), "sent twice, and no kill near"
     assert sum(hub.times()) <= len(hub.weights()) + 2 * len(killed)
     assert night.disk.left() == [] and max(night.disk.most.values()) <= K + 4
 
@@ -470,6 +470,31 @@ def test_started_again_after_the_end_it_asks_for_no_weights_and_changes_nothing(
     assert command(*undisturbed.arguments) == 0
     assert undisturbed.kept() == before and undisturbed.disk.left() == []
     assert hub.begun == []
+
+
+@pytest.mark.parametrize("more", [(), ("--alone",)], ids=["all averages", "without EMA and SWA"])
+def test_files_that_a_kill_left_are_used_or_go(world, hub, tmp_path, more):
+    """A kill may come after a point is recorded and before the files that it needed have gone."""
+    folder = tmp_path / "hub" / TINY.replace("/", "--")
+
+    def leave(*steps):
+        for step in steps:
+            data = world.repos[TINY][f"step{step}"]["model.safetensors"]
+            lay(folder / f"step{step}", {"model.safetensors": data})
+
+    night = Night(world, hub, tmp_path, (TINY,), *more, steps="20,40,10")
+    assert command(*night.arguments) == 0
+    leave(10, 20)  # of points that are recorded
+    leave(70)  # fetched ahead
+    hub.reset()
+    night = Night(world, hub, tmp_path, (TINY,), *more)
+    assert command(*night.arguments) == 0
+    ahead = hashlib.sha256(world.repos[TINY]["step70"]["model.safetensors"]).hexdigest()
+    assert hub.begun and ahead not in {sha for _, sha in hub.begun} and night.disk.left() == []
+    leave(60, 70, 80)  # after the last record
+    hub.reset()
+    assert command(*night.arguments) == 0
+    assert hub.begun == [] and night.disk.left() == []
 
 
 def job(world, hub, night, name: str, **more):
@@ -885,6 +910,22 @@ def test_wrong_arguments_are_one_line(world, hub, tmp_path, capsys, change, said
     assert command(*night.arguments, *change) == 2
     assert re.search(said, one_line(capsys))
     assert hub.begun == [] and not list(tmp_path.rglob("rows.csv"))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "first", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"},
+    ],
+    ids=["a word", "too high", "too low"],
+)
+def test_wrong_ranks_are_one_line(world, hub, tmp_path, capsys, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command(*Night(world, hub, tmp_path, (TINY,)).arguments, "--dry-run") == 2
+    assert one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["nano/none", "no/such/folder"])
