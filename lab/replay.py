@@ -148,6 +148,10 @@ class Job:
         if missing := set(self.task_steps) - set(self.points):
             raise LawaError(f"tasks can be asked at points only, not at step {min(missing)}; there "
                             f"are {lawa_core.some(self.points)}")
+        if self.task_limit is not None and self.task_limit < 1:
+            raise LawaError(f"task_limit must be at least 1, got {self.task_limit}")
+        if self.tasks:
+            known_tasks(self.task_path, tuple(self.tasks))
         if self.store is None:
             self.store = nanogpt.RUNS / "replays" / self._store_name()
         self.store = Path(self.store).absolute()
@@ -244,6 +248,7 @@ class Job:
         """
         points = self.points if points is None else sorted(points)
         self.store.mkdir(parents=True, exist_ok=True)
+        self._let_go()  # what a killed process left
         unknown, again = self._lacking()
         todo = [step for step in points if step in {*unknown, *again} or not self._answered(step)]
         options = {"n_blocks": self.n_blocks, "device": self.device, "cache": self.losses}
@@ -366,11 +371,13 @@ class Job:
                     found.append(about | json.loads(path.read_text()))
         return found
 
-    def plan(self) -> str:
-        """What is still to do takes, in words; fetches config.json and the tokenizer alone."""
+    def plan(self, points=None) -> str:
+        """What is still to do of the points, by default all, takes, in words; fetches config.json
+        and the tokenizer alone."""
+        points = self.points if points is None else points
         unknown, again = self._lacking()
-        todo = sorted({*unknown, *again})
-        lines = [f"{self.name}: {len(self.points)} points, {len(todo)} to do"]
+        todo = sorted({*unknown, *again} & set(points))
+        lines = [f"{self.name}: {len(points)} points, {len(todo)} to do"]
         if not todo:
             return lines[0]
         models = len(todo) * (1 + len(self.schemes))
@@ -406,11 +413,23 @@ class Job:
         return 2 if half else 4
 
 
-@functools.cache  # it reads ten thousand files
-def _known_tasks(task_path):
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=task_path and str(task_path))
+@functools.cache
+def known_tasks(task_path: str | None, tasks: tuple[str, ...]):
+    """lm_eval's TaskManager for these tasks, of a folder alone where that has them all: its own are
+    ten thousand files. LawaError without lm_eval, or for a task that it does not know."""
+    try:
+        import lm_eval.tasks as known
+    except ImportError:
+        raise LawaError('zero-shot tasks need lm_eval: pip install "lawa-lab[zeroshot]"') from None
+    for alone in (True, False):
+        if task_path is not None or not alone:
+            path = task_path and str(task_path)
+            found = known.TaskManager(include_path=path, include_defaults=not alone)
+            unknown = [task for task in tasks if task not in found.all_tasks]
+            if not unknown:
+                return found
+    raise LawaError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, and "
+                    "task_path is a folder of further ones")
 
 
 def zero_shot(folder, tasks: Sequence[str], *, device: str = "cpu", task_path=None,
@@ -421,16 +440,13 @@ def zero_shot(folder, tasks: Sequence[str], *, device: str = "cpu", task_path=No
     such as limit. Returns rows {"task", "accuracy", "stderr", "documents": 0 or 1 for each}.
     Errors: LawaError without the extra `zeroshot`, for a task that is unknown or has no accuracy.
     """
-    try:
-        import lm_eval
-        import transformers
-    except ImportError:
-        raise LawaError('zero-shot tasks need lm_eval: pip install "lawa-lab[zeroshot]"') from None
+    options.setdefault("task_manager", known_tasks(task_path, tuple(tasks)))
+    import lm_eval
+    import transformers
     transformers.utils.logging.disable_progress_bar()
     half = lawa_core.config_of(Path(folder)).get("dtype") if device == "cuda" else "float32"
     source = {"pretrained": str(folder), "dtype": half}
     with lawa_core.explained(f"zero-shot tasks {', '.join(tasks)}"):
-        options.setdefault("task_manager", _known_tasks(task_path))
         found = lm_eval.simple_evaluate(
             model="hf", model_args=source, tasks=list(tasks), device=device, **options)
     rows = []
@@ -554,15 +570,27 @@ def over_points(values, length: int, *, margin: float = MARGIN, unit: str = "nat
 
 # ---- Command line --------------------------------------------------------------------------------
 
-def share() -> tuple[int, int]:
-    """(number of this process, of how many), as torchrun or a Slurm array says."""
+def share(text: str | None = None) -> tuple[int, int]:
+    """(number of this process, of how many), as --slice, torchrun or a Slurm array says."""
     told = os.environ
-    if "RANK" in told and "WORLD_SIZE" in told:
-        return int(told["RANK"]), int(told["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_ID" in told and "SLURM_ARRAY_TASK_COUNT" in told:
-        first = int(told.get("SLURM_ARRAY_TASK_MIN", 0))
-        return int(told["SLURM_ARRAY_TASK_ID"]) - first, int(told["SLURM_ARRAY_TASK_COUNT"])
-    return 0, 1
+    number, count, source = 0, 1, ""
+    if text is not None:
+        source = f"--slice {text}"
+        number, _, count = text.partition("/")
+    elif "RANK" in told and "WORLD_SIZE" in told:
+        source = "torchrun's RANK and WORLD_SIZE"
+        number, count = told["RANK"], told["WORLD_SIZE"]
+    elif "SLURM_ARRAY_TASK_ID" in told and "SLURM_ARRAY_TASK_COUNT" in told:
+        source = "Slurm's array of tasks"
+        number, count = told["SLURM_ARRAY_TASK_ID"], told["SLURM_ARRAY_TASK_COUNT"]
+    with lawa_core.explained(f"{source}: expected R/N with R from 0 to N - 1, as 0/4"):
+        number, count = int(number), int(count)
+        if source.startswith("Slurm"):
+            first, step = told.get("SLURM_ARRAY_TASK_MIN", 0), told.get("SLURM_ARRAY_TASK_STEP", 1)
+            number = (number - int(first)) // int(step)
+        if not 0 <= number < count:
+            raise ValueError(f"{number}/{count}")
+    return number, count
 
 
 def parts(jobs: Sequence[Job], number: int, count: int) -> list[tuple[Job, list[int]]]:
@@ -574,7 +602,7 @@ def parts(jobs: Sequence[Job], number: int, count: int) -> list[tuple[Job, list[
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = lawa_core.Parser(
         "python -m lab.replay", description=__doc__.split("\n\n")[0],
         epilog="Several processes share the work under torchrun, in a Slurm array, or by --slice: "
         "docs/many-machines.md. Models, plans and what they take: docs/pythia.md.")
@@ -611,14 +639,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    args = parser().parse_args(argv)
     try:
-        number, count = share()
-        if args.slice is not None:
-            with lawa_core.explained(f"--slice must be R/N, such as 0/4, got {args.slice!r}"):
-                number, count = map(int, args.slice.split("/"))
-        if not 0 <= number < count:
-            raise LawaError(f"--slice must be R/N with R from 0 to N - 1, got {number}/{count}")
+        args = parser().parse_args(argv)
+        number, count = share(args.slice)
         if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         together = len(args.models) >= count  # a process has whole models
@@ -633,12 +656,13 @@ def main(argv=None) -> int:
             task_limit=args.task_limit, task_path=args.task_path, device=args.device,
             names=args.names, endpoint=args.endpoint,
             allow_duplicates=args.allow_duplicates or args.dry_run)
-        for job in jobs if args.dry_run else ():
-            print(job.plan(), flush=True)
-        for job, points in () if args.dry_run else parts(jobs, number, count):
-            print(job.plan(), flush=True)
-            job.run(points)
-            print(f"{job.name}: {len(points)} points done; kept in {job.store}", flush=True)
+        mine = parts(jobs, number, count)
+        for job, points in mine:  # all are listed before the first weights are fetched
+            print(job.plan(points), flush=True)
+        if not args.dry_run:
+            for job, points in mine:
+                job.run(points)
+                print(f"{job.name}: {len(points)} points done; kept in {job.store}", flush=True)
     except (LawaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -946,8 +946,6 @@ def tokenizer(folder):
 def test_zero_shot_is_the_accuracy_of_the_folder(tmp_path, monkeypatch):
     """A task made here: which of two endings is likelier, by the harness and by our own logits."""
     pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     revision(tmp_path / "plain", 1)
     fields = json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -976,11 +974,8 @@ doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
-    (row,) = replay.zero_shot(
-        tmp_path / "hf",
-        ["toy"],
-        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
-    )
+    (row,) = replay.zero_shot(tmp_path / "hf", ["toy"], task_path=tmp_path / "task")
+    assert row["documents"] and np.mean(row["documents"]) == row["accuracy"]
     gpt, right = load_hf(tmp_path / "hf"), []
     for item in items:
         scores = []
