@@ -1079,23 +1079,22 @@ def mean_se(x: np.ndarray) -> tuple[float, float]:
 
 def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *,
                         make=None, corpus: Corpus | None = None, load=None, each=None,
-                        on_disk: bool = False, cache=None, averages=None, anew=()) -> list[dict]:
+                        on_disk: bool = False, cache=None, averages=None, redo=()) -> list[dict]:
     """Losses of a trajectory and of averages along it, of a run as of a public model's checkpoints.
 
     The next average is made while the last is evaluated, and never more than one waits. Losses are
     kept, block by block: nothing is evaluated twice, and what was interrupted goes on.
     Args: run: a run folder, or with `make` and `corpus` what `lawa_core.open_trajectory` takes
-        schemes: {label: scheme, or the text of an average kept while training}
+        schemes: {label: scheme, or the text of an average kept while training}; "run" is the run
         at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
         make: makes an empty model on the device, the only one used, if there is need of it
-        load: load(model, state) copies an average into it, default load_state_dict
-        each: each(step, label, state) is called before an evaluation
+        load: load(model, state) copies an average in, default load_state_dict
+        each: each(step, label, state) is called before an evaluation, and may change the state
         cache: Path of a .npz; default eval_<n_blocks>.npz in a run folder, else none
-        averages: where those kept while training are, default the run folder; anew: steps to redo
+        averages: where those kept while training are, default the run; redo: steps done again
     Returns rows {"run", "step", "scheme": label, "loss", "loss_se", "bpb", "gain", "gain_se",
-    "n_blocks", "losses", "gains"}: loss in nats per token with its standard error over blocks, bpb
-    in bits per byte of text, gain = run minus average on the same blocks (positive is good); losses
-    and gains: (n_blocks,) float64, one per block. The run itself is "run".
+    "n_blocks", "losses", "gains"}: loss in nats per token, its standard error over blocks, bits per
+    byte of text; gain = run minus average, positive is good; losses, gains: (n_blocks,) float64.
     """
     device = pick_device(device)
     if make is None:
@@ -1107,7 +1106,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     known = read_losses(cache)
     lacking = {}  # {label: steps at which it has not been evaluated}
     for label, scheme in schemes.items():
-        lacking[label] = [step for step in at if step in anew or (step, str(scheme)) not in known]
+        lacking[label] = {step for step in at if step in redo or (step, str(scheme)) not in known}
     missing = sorted(set().union(*lacking.values()))
     wanted = {name: schemes[name] for name in schemes if lacking[name] or name == "run"}
     kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
@@ -1136,7 +1135,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         step, label, net, coming = busy.pop(0)
         known[step, str(wanted[label])] = coming.result()
         free.append(net)
-        if cache and label == [*swept, *kept][-1]:
+        if cache and label == [own for own in (*swept, *kept) if step in lacking[own]][-1]:
             keep_losses(cache, known)
         shown.update(1)
 
@@ -1145,16 +1144,17 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         pool = stack.enter_context(ThreadPoolExecutor(
             jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
         shown = stack.enter_context(lawa_core.progress(
-            len(missing) * len(wanted), f"evaluating {trajectory.name}", " model"))
+            sum(map(len, lacking.values())), f"evaluating {trajectory.name}", " model"))
         for step, label, state in states():
             if each:
                 each(step, label, state)
-            if not free:
-                finish()
-            net = free.pop()
-            load(net, state) if load else net.load_state_dict(state)
+            if step in lacking[label]:
+                if not free:
+                    finish()
+                net = free.pop()
+                load(net, state) if load else net.load_state_dict(state)
+                busy.append((step, label, net, pool.submit(evaluate, net, corpus, n_blocks)))
             del state  # before the next one is made
-            busy.append((step, label, net, pool.submit(evaluate, net, corpus, n_blocks)))
         while busy:
             finish()
 

@@ -129,6 +129,9 @@ def hf_config(folder) -> GPTConfig:
     hf.setdefault(spec.fields["gelu"], "gelu_new" if kind == "gpt2" else "gelu")
 
     known = {ours: hf[theirs] for ours, theirs in spec.fields.items() if theirs in hf}
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    if lacking := [spec.fields[ours] for ours in sizes if ours not in known]:
+        raise LawaError(f"{path} lacks {', '.join(lacking)}")
     width = 4 * known["n_embd"]  # of the MLP; the field is named after the architecture
     odd = []
     for name, value in {**spec.needed, "intermediate_size": width, "n_inner": width}.items():
@@ -181,31 +184,40 @@ def public_model(folder, device: torch.device) -> tuple[object, Callable, Callab
     if device.type == "cuda":
         half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
         dtype = half.get(fields.get("dtype") or fields.get("torch_dtype"), torch.float32)
+    refused = LawaError(f"{path}: a {kind} is evaluated through transformers: "
+                        "pip install transformers")
     if kind in ARCHITECTURES or not fields:
-        config = hf_config(folder)
-        return config, lambda: empty_model(config, device, dtype), load_state
+        try:
+            config = hf_config(folder)
+            return config, lambda: empty_model(config, device, dtype), load_state
+        except LawaError as error:
+            if not fields:
+                raise
+            refused = error  # a variant that transformers may know
     try:
         import transformers
     except ImportError:
-        raise LawaError(f"{path}: a {kind} is evaluated through transformers: "
-                        "pip install transformers") from None
+        raise refused from None
     with lawa_core.explained(f"{path}: transformers cannot read it"):
         theirs = transformers.AutoConfig.from_pretrained(folder)
         if type(theirs) not in transformers.AutoModelForCausalLM._model_mapping:
             raise LawaError(f"{path}: transformers has no language model for a {kind}")
-    length = min(getattr(theirs, "max_position_embeddings", None) or CONTEXT, CONTEXT)
-    config = SimpleNamespace(block_size=length, vocab_size=theirs.vocab_size)
-    return config, lambda: Transformer(theirs, config, dtype).to(device).eval(), load_by_name
+        length = min(getattr(theirs, "max_position_embeddings", None) or CONTEXT, CONTEXT)
+        config = SimpleNamespace(block_size=length, vocab_size=theirs.vocab_size)
+    return config, lambda: Transformer(theirs, config, dtype, device).eval(), load_by_name
 
 
 class Transformer(torch.nn.Module):
     """A model of `transformers` with what `model.evaluate` asks of one."""
 
-    def __init__(self, theirs, config, dtype):
+    def __init__(self, theirs, config, dtype, device):
         super().__init__()
         import transformers
+        from transformers.initialization import no_init_weights
 
-        self.net = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype)
+        with no_init_weights(), device:
+            self.net = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype)
+        self.net.tie_weights()
         self.config = config
 
     def losses(self, idx, targets):

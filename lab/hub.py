@@ -11,15 +11,18 @@ import errno
 import fcntl
 import fnmatch
 import hashlib
+import json
+import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import lawa_core
-from lawa_core import Checkpoint, JobFailed, LawaError, Trajectory
+from lawa_core import Checkpoint, JobFailed, LawaError, Trajectory, some
 
 # The weights as one file, or as shards (number, count) with an index; the first that is whole.
 LAYOUTS = (
@@ -69,16 +72,26 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
     steps = sorted(commits if steps is None else set(steps))
     missing = [f"step{step}" for step in steps if step not in commits]
     if missing or not steps:
-        raise LawaError(f"{repo} has no revision {_some(missing) or 'that names a step'}; "
-                        f"there are {_some(sorted(commits)) or 'none'}")
+        raise LawaError(f"{repo} has no revision {some(missing) or 'that names a step'}; "
+                        f"there are {some(sorted(commits)) or 'none'}")
+
+    folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
+    listings = _read_listings(folder / "listings.json")  # of commits, which do not change
 
     def list_files(step):
-        with _one_line(f"{repo} step{step}"):
-            listing = list(api.list_repo_tree(repo, revision=commits[step]))
-        return _one_copy(f"{repo} step{step}", {file.path: file for file in listing})
+        commit = commits[step]
+        if commit not in listings:
+            with _one_line(f"{repo} step{step}"):
+                tree = api.list_repo_tree(repo, revision=commit)
+                listings[commit] = {file.path: _record(file) for file in tree}
+        records = {name: SimpleNamespace(**one) for name, one in listings[commit].items()}
+        return _one_copy(f"{repo} step{step}", records)
 
     with ThreadPoolExecutor(8) as pool:
         files = dict(zip(steps, pool.map(list_files, steps), strict=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    with lawa_core.replacing(folder / "listings.json") as part:
+        part.write_text(json.dumps(listings))
     twins = _twins(files)
     if twins and "duplicates" not in allow:
         raise LawaError(f"{repo}: {'; '.join(twins)}; these are wrong uploads: "
@@ -89,6 +102,21 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
     found.notes = [note for name, note in WRONG_REVISIONS if re.search(name, repo.lower())]
     found.last = max(commits)
     return found
+
+
+def _read_listings(path: Path) -> dict[str, dict]:
+    """{commit: {file name: record}} as kept before; nothing where that is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    return {}
+
+
+def _record(file) -> dict:
+    """Of the Hub's record of a file (or folder) what is used here: its size, its hash, and whether
+    that is the content's sha256."""
+    large = getattr(file, "lfs", None)
+    return {"size": getattr(file, "size", 0), "sha256": large and large.sha256,
+            "identity": large.sha256 if large else getattr(file, "blob_id", "")}
 
 
 def _steps_of(repo: str, branches, names: str | None) -> dict[int, str]:
@@ -119,13 +147,6 @@ def span(text: str) -> range:
     except ValueError:
         raise LawaError("steps must be START:STOP:STRIDE, such as 103000:143000:1000, "
                         f"got {text!r}") from None
-
-
-def _some(items) -> str:
-    """A list in an error's one line: all of it, or its ends."""
-    if len(items) > 6:
-        items = [*items[:3], "...", f"{items[-1]} ({len(items)} in all)"]
-    return ", ".join(map(str, items))
 
 
 def _one_copy(revision: str, files: Mapping[str, object]) -> dict[str, object]:
@@ -160,16 +181,15 @@ def _twins(files: Mapping[int, Mapping]) -> list[str]:
         weights[step] = set()
         for name, file in names.items():
             if not name.endswith(".json"):
-                identity = file.lfs.sha256 if file.lfs else file.blob_id
-                weights[step].add(identity)
-                owners.setdefault(identity, []).append(step)
+                weights[step].add(file.identity)
+                owners.setdefault(file.identity, []).append(step)
     problems = []
     for steps in sorted({tuple(steps) for steps in owners.values() if len(steps) > 1}):
         whole = all(weights[step] == weights[steps[0]] for step in steps)
         what = "identical weights"
         if not whole:
             what = "partly identical weights, some shards are the same file"
-        problems.append(f"steps {_some(steps)} hold {what}")
+        problems.append(f"steps {some(steps)} hold {what}")
     return problems
 
 
@@ -209,14 +229,12 @@ class HubTrajectory(Trajectory):
 
     The folder of a step goes when `release` says that it is read (see `open_hub`). Several
     processes may share a folder: what one is fetching the others wait for.
-    revisions: {step: (commit, {file name: the Hub's record, with .size and .lfs})}.
+    revisions: {step: (commit, {file name: a record with .size and .sha256, None of a small file})}.
     """
     twins: Sequence[str] = ()  # which steps share files
     last = 0  # the newest step that the Hub has
 
-    def __init__(self, repo: str, revisions: Mapping, folder=None, *, allow=(), keep=False,
-                 api=None):
-        folder = folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")
+    def __init__(self, repo: str, revisions: Mapping, folder, *, allow=(), keep=False, api=None):
         self.folder = Path(folder).absolute()
         super().__init__({step: self.folder / f"step{step}" for step in revisions}, repo)
         self.revisions = dict(revisions)
@@ -267,42 +285,18 @@ class HubTrajectory(Trajectory):
                                              tqdm_class=lawa_core.progress)
         return self.folder / "model"
 
-    def plan(self, schemes: Mapping[str, Callable], at=None, on_disk=False, rate=RATE) -> dict:
-        """What lawa_core.sweep with these arguments takes.
-
-        rate: bytes per second. Returns "revisions"; "fetch_bytes", what is on
-        disk already left out; "disk_bytes" and "memory_bytes", the most at any time, the average
-        in memory counted; "rate"; "hours" of fetching.
-        """
-        last = {}  # step -> the last target that needs it
-        for target in self.steps if at is None else sorted(at):
-            last[target] = target
-            for scheme in schemes.values():
-                for step in lawa_core.row(scheme, self.steps, target):
-                    last[step] = target
-        needed = sorted(last)
-        windows = []  # bytes of the checkpoints that are still needed, at each step
-        disks = []  # bytes on disk at each step, the next revision included
-        for i, step in enumerate(needed):
-            windows.append(sum(self.nbytes(s) for s in needed[: i + 1] if last[s] >= step))
-            ahead = sum(self.nbytes(s) for s in needed[i + 1 : i + 2])
-            disks.append((windows[-1] if on_disk else self.nbytes(step)) + ahead)
-        average = max(self.nbytes(step) for step in needed)
-        lacking = sum(file.size for step in needed for _, file in self._lacking(step))
-        return {
-            "revisions": len(needed),
-            "fetch_bytes": lacking,
-            "disk_bytes": max(disks),
-            "memory_bytes": average + (0 if on_disk else max(windows)),
-            "rate": rate,
-            "hours": lacking / rate / 3600,
-        }
+    def to_fetch(self, steps) -> int:
+        """Bytes of these revisions that are not on disk."""
+        return sum(file.size for step in steps for _, file in self._lacking(step))
 
     def _lacking(self, step: int) -> list[tuple]:
-        """(name, the Hub's record) of a revision's files that are not on disk."""
+        """(name, record) of a revision's files that are not on disk, or are of another commit."""
         target = self.folder / f"step{step}"
-        files = self.revisions[step][1].items()
-        return [(name, file) for name, file in files if not (target / name).exists()]
+        commit, files = self.revisions[step]
+        with contextlib.suppress(OSError):
+            if (target / ".commit").read_text() != commit:
+                return list(files.items())
+        return [(name, file) for name, file in files.items() if not (target / name).exists()]
 
     def _try(self, step: int) -> None:
         with contextlib.suppress(Exception):
@@ -319,8 +313,12 @@ class HubTrajectory(Trajectory):
         with open(locks / target.name, "w") as lock:  # which goes with its process, even killed
             fcntl.flock(lock, fcntl.LOCK_EX)
             lacking = self._lacking(step)
+            commit, files = self.revisions[step]
+            if len(lacking) == len(files):
+                self.remove(step)  # what is there of another commit
             target.mkdir(exist_ok=True)
-            shutil.rmtree(target / ".cache", ignore_errors=True)  # parts that a killed one left
+            (target / ".commit").write_text(commit)
+            shutil.rmtree(target / ".part", ignore_errors=True)  # which a killed one left
             size = sum(file.size for _, file in lacking)
             free = shutil.disk_usage(target).free
             if free < size:
@@ -328,17 +326,21 @@ class HubTrajectory(Trajectory):
                                 f"{free / 1e9:.2f} GB left; free some, or choose another folder; "
                                 "what is fetched is kept, run again to go on")
             for name, file in lacking:
+                part = target / ".part" / name
                 with _one_line(what):
-                    self.api.hf_hub_download(self.name, name, revision=self.revisions[step][0],
-                                             local_dir=target, tqdm_class=lawa_core.progress)
-                if file.lfs:  # huggingface_hub compares the size only
-                    with open(target / name, "rb") as opened:
+                    self.api.hf_hub_download(self.name, name, revision=commit,
+                                             local_dir=target / ".part",
+                                             tqdm_class=lawa_core.progress)
+                if file.sha256:  # huggingface_hub compares the size only
+                    with open(part, "rb") as opened:
                         found = hashlib.file_digest(opened, "sha256").hexdigest()
-                    if found != file.lfs.sha256:
-                        (target / name).unlink()
+                    if found != file.sha256:
+                        part.unlink()
                         raise JobFailed(f"{what}: {name} is not the file that the Hub lists "
                                         "(its sha256 differs); run again")
+                os.replace(part, target / name)
                 self.fetched += file.size
+            shutil.rmtree(target / ".part", ignore_errors=True)
 
 
 lawa_core.SOURCES["hub"] = open_hub

@@ -11,12 +11,16 @@ draws it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import fcntl
 import functools
+import gc
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,11 +33,20 @@ import torch
 import lawa_core
 import model as nanogpt
 from lab.hf import public_model, save_hf, write_hf
-from lab.hub import open_hub, span
+from lab.hub import RATE, open_hub, span
 from lab.plan import DEVICES, duration
 from lab.statistics import LEVEL, MARGIN, Difference, difference
-from lawa_core import LawaError, checkpoint_name, explicit, lawa, newest, row, scheme_dir
-from model import BLOCKS, Corpus, evaluate_trajectory, open_corpus, pick_device, read_losses
+from lawa_core import LawaError, checkpoint_name, explicit, lawa, newest, row, scheme_dir, some
+from model import (
+    BLOCKS,
+    Corpus,
+    evaluate_trajectory,
+    locked,
+    mean_se,
+    open_corpus,
+    pick_device,
+    read_losses,
+)
 
 
 def is_stand_in(model) -> bool:
@@ -70,17 +83,19 @@ def replay(source, schemes, corpus: Corpus, at=None, *, n_blocks: int = BLOCKS,
     device = pick_device(device)
     like = trajectory.config_dir()
     config, make, load = public_model(like, device)
-    _check_tokens(corpus, config, like / "tokenizer.json")
+    _check_tokens(corpus, config, like)
     return evaluate_trajectory(trajectory, schemes, at, n_blocks, device.type, make=make,
                                corpus=corpus, load=load, **more)
 
 
-def _check_tokens(corpus: Corpus, config, tokenizer: Path) -> None:
+def _check_tokens(corpus: Corpus, config, like: Path) -> None:
     """Refuse text in other tokens than the model's: its losses would look like losses."""
-    expected = corpus.meta.get("tokenizer_sha256")
     other = corpus.vocab_size > config.vocab_size
-    if expected and tokenizer.exists():
-        other = other or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != expected
+    tokenizer = like / "tokenizer.json"
+    if tokenizer.exists():
+        own = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+        gpt2 = lawa_core.config_of(like).get("model_type") == corpus.meta["tokenizer"] == "gpt2"
+        other = other or (not gpt2 and corpus.meta.get("tokenizer_sha256") != own)
     if other:
         raise LawaError(f"{corpus.name} is not in this model's tokens; "
                         f"prepare the text again with --tokenizer {tokenizer}")
@@ -97,9 +112,9 @@ class Job:
         points: steps at which the run and its averages are evaluated.
         corpus: text in the model's own tokens; eval_tokens: of it, per model evaluated.
         k, spacing: LAWA's window.
-        running: also EMA and SWA over the same points, which are made as training would make
-            them, in float32 from point to point. EMA's mean age is LAWA's; SWA is the mean of all
-            points so far.
+        running: also EMA and SWA over the same points, if these are evenly apart. They are made as
+            training would make them, in float32 from point to point, and evaluated in the files'
+            type. EMA's mean age is LAWA's; SWA is the mean of all points so far.
         tasks: of lm_eval; task_steps: points at which they are asked, default the last;
             task_limit: documents of each; task_path: a folder of further tasks.
         hub_folder: where revisions are fetched to, default ~/.cache/lawa/NAME. Files stay until
@@ -107,7 +122,7 @@ class Job:
         store: where losses, documents and rows are kept, default runs/replays/NAME.
         names, endpoint: as for `open_hub`; allow_duplicates: take revisions that share files.
         name: of the model, in words; default the repository's or folder's.
-    Errors: LawaError for what cannot be, before anything is fetched.
+    Errors: LawaError for what cannot be, before weights are fetched.
     """
     model: str
     points: Sequence[int]
@@ -132,10 +147,17 @@ class Job:
         self.model = str(self.model)
         self.name = self.name or self.model.rstrip("/").split("/")[-1]
         self.on_hub = not Path(self.model).is_dir()
+        if self.on_hub and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", self.model):
+            raise LawaError(f"{self.model} is no folder; expected one, or a repository on the Hub, "
+                            "such as EleutherAI/pythia-1b-deduped")
         self.points = sorted(set(map(int, self.points)))
         if not self.points or self.points[0] < 0:
             raise LawaError(f"steps must be points of at least step 0, got {self.points}")
-        self.schemes = {"lawa": lawa(self.k, self.spacing)}
+        if self.eval_tokens < 1:
+            raise LawaError(f"eval_tokens must be at least 1, got {self.eval_tokens}")
+        with lawa_core.explained(f"device {self.device!r} cannot be used here"):
+            torch.empty(0, device=pick_device(self.device))
+        self.schemes = {"lawa": lawa(self.k, self.spacing, start=1)}  # step 0 is noise
         apart = set(np.diff(self.points).tolist())
         self.running = self.running and len(apart) == 1
         if self.running:
@@ -147,22 +169,18 @@ class Job:
         self.task_steps = sorted(self.task_steps) or self.points[-1:]
         if missing := set(self.task_steps) - set(self.points):
             raise LawaError(f"tasks can be asked at points only, not at step {min(missing)}; there "
-                            f"are {lawa_core.some(self.points)}")
+                            f"are {some(self.points)}")
         if self.task_limit is not None and self.task_limit < 1:
             raise LawaError(f"task_limit must be at least 1, got {self.task_limit}")
         if self.tasks:
+            self.tasks = list(dict.fromkeys(self.tasks))
             known_tasks(self.task_path, tuple(self.tasks))
         if self.store is None:
-            self.store = nanogpt.RUNS / "replays" / self._store_name()
+            name = self.model if self.on_hub else str(Path(self.model).resolve()).strip("/")
+            self.store = nanogpt.RUNS / "replays" / name.replace("/", "--")
         self.store = Path(self.store).absolute()
-
-    def _store_name(self) -> str:
-        """The repository's name; a folder's with a hash of what lies there and when it was made."""
-        if self.on_hub:
-            return self.model.replace("/", "--")
-        files = sorted(Path(self.model).resolve().glob("*/*"))
-        made = [f"{path} {path.stat().st_mtime_ns}" for path in files]
-        return f"{self.name}-{hashlib.sha256(repr(made).encode()).hexdigest()[:10]}"
+        # what goes when all is done: running averages, and models that wait for their tasks
+        self.work = self.store / f"work-{self.points[0]}-{self.points[-1]}-{len(self.points)}"
 
     # ---- what there is ----
 
@@ -175,7 +193,7 @@ class Job:
             found.name, found.allow = self.name, allow
             return found
         window = {at - j * self.spacing for at in self.points for j in range(self.k)}
-        needed = {step for step in window if step > 0} | set(self.points)  # step 0 is noise
+        needed = {step for step in window if step > 0} | set(self.points)
         return open_hub(self.model, needed, self.hub_folder, names=self.names, allow=allow,
                         keep=True, endpoint=self.endpoint)
 
@@ -191,9 +209,9 @@ class Job:
 
     @functools.cached_property
     def n_blocks(self) -> int:
-        """Blocks of text that a model is evaluated on."""
-        config, _, _ = public_model(self.like, torch.device("cpu"))
-        return max(self.eval_tokens // config.block_size, 2)
+        """Blocks of text that a model is evaluated on: what was asked for, or all there are."""
+        block = public_model(self.like, torch.device("cpu"))[0].block_size
+        return min(max(self.eval_tokens // block, 2), (len(self.corpus.val) - 1) // block)
 
     @functools.cached_property
     def losses(self) -> Path:
@@ -201,33 +219,40 @@ class Job:
         device = pick_device(self.device).type
         return self.store / f"losses-{self.corpus.fingerprint}-{self.n_blocks}-{device}.npz"
 
-    def _averages(self, scheme: str) -> dict[int, Path]:
-        """{point: file} of a running average that are there."""
-        files = {step: self.store / scheme_dir(scheme) / checkpoint_name(step)
-                 for step in self.points}
-        return {step: path for step, path in files.items() if path.exists()}
+    def _average(self, scheme: str, step: int) -> Path:
+        """The file of a running average at a point."""
+        return self.work / scheme_dir(scheme) / checkpoint_name(step)
 
-    def _documents(self, step: int) -> dict[tuple[str, str], Path]:
-        """{(scheme, task): file} of the answers at a step."""
-        if step not in self.task_steps:
+    def _running(self) -> dict[str, list[int]]:
+        """{running average: the points where it is on disk}."""
+        return {scheme: [step for step in self.points if self._average(scheme, step).exists()]
+                for label, scheme in self.schemes.items() if label != "lawa"}
+
+    def _documents(self, step: int, label: str) -> dict[str, Path]:
+        """{task: file of the answers of a model at a step}."""
+        if step not in self.task_steps or not self.tasks:
             return {}
-        part = "" if self.task_limit is None else f"-first{self.task_limit}"
-        schemes = {"run": newest(), **self.schemes}
-        return {(label, task): self.store / "documents" / (
-                    f"step{step}-{scheme_dir(str(scheme))}-{task}{part}.json")
-                for label, scheme in schemes.items() for task in self.tasks}
+        scheme = scheme_dir(str(self.schemes.get(label, "newest")))
+        part = "all" if self.task_limit is None else f"first{self.task_limit}"
+        device = pick_device(self.device).type
+        return {task: self.store / "documents" / (
+                    f"step{step}-{scheme}-{task}-{part}-{device}{_content(self.task_path)}.json")
+                for task in self.tasks}
+
+    def _unanswered(self, step: int, label: str) -> list[str]:
+        return [task for task, path in self._documents(step, label).items() if not path.exists()]
 
     def _answered(self, step: int) -> bool:
-        return all(path.exists() for path in self._documents(step).values())
+        return not any(self._unanswered(step, label) for label in ("run", *self.schemes))
 
     def _model(self, step: int, label: str) -> Path:
         """The folder of a model that waits for its tasks; its config.json is written last."""
-        return self.store / "models" / f"step{step}-{scheme_dir(str(self.schemes.get(label)))}"
+        return self.work / "models" / f"step{step}-{label}"
 
     def _waits(self, step: int) -> bool:
-        """Are all models of a step there, and so their weights no longer needed?"""
+        """Are all models there that still have tasks, so that weights are no longer needed?"""
         return all((self._model(step, label) / "config.json").exists()
-                   for label in ("run", *self.schemes))
+                   for label in ("run", *self.schemes) if self._unanswered(step, label))
 
     def _lacking(self) -> tuple[list[int], list[int]]:
         """(points without losses, those whose models are to be made again for their tasks)."""
@@ -235,9 +260,26 @@ class Job:
         wanted = [str(newest()), *map(str, self.schemes.values())]
         unknown = [step for step in self.points
                    if not all((step, scheme) in known for scheme in wanted)]
-        again = [step for step in self.points if step not in unknown
-                 and not self._answered(step) and not self._waits(step)]
+        again = [step for step in self.points if step not in unknown and not self._waits(step)]
         return unknown, again
+
+    def _window(self, points) -> set[int]:
+        """The steps that LAWA and the run read at these points."""
+        return {step for point in points
+                for step in (point, *row(self.schemes["lawa"], self.trajectory.steps, point))}
+
+    def _needed(self) -> set[int]:
+        """The steps whose checkpoints are still to be read."""
+        unknown, again = self._lacking()
+        lacking = sorted(unknown + again)
+        needed = self._window(lacking)
+        for made in self._running().values():  # and every point since the last one made
+            last = max((step for step in made if lacking and step <= lacking[0]), default=-1)
+            needed |= {step for step in self.points if lacking and last < step <= lacking[-1]}
+        return needed
+
+    def _done(self) -> bool:
+        return not any(self._lacking()) and all(map(self._answered, self.points))
 
     # ---- what is done ----
 
@@ -248,110 +290,141 @@ class Job:
         """
         points = self.points if points is None else sorted(points)
         self.store.mkdir(parents=True, exist_ok=True)
-        self._let_go()  # what a killed process left
+        self._check_weights()
+        options = {"n_blocks": self.n_blocks, "device": self.device, "cache": self.losses}
         unknown, again = self._lacking()
         todo = [step for step in points if step in {*unknown, *again} or not self._answered(step)]
-        options = {"n_blocks": self.n_blocks, "device": self.device, "cache": self.losses}
-        total = 0
-        if todo and self.on_hub:
-            total = self.trajectory.plan(self._windows(), todo, True)["fetch_bytes"]
-        with lawa_core.progress(total, f"fetching {self.name}", "B", unit_scale=True,
-                                disable=not total) as bar:
-            while todo:
-                # up to the next point with tasks, whose models are let go before it goes on
-                stop = next((i for i, step in enumerate(todo) if not self._answered(step)),
-                            len(todo) - 1)
-                piece, todo = todo[:stop + 1], todo[stop + 1:]
-                replay(self.trajectory, self.schemes, self.corpus, piece, **options,
-                       each=functools.partial(self._each, bar), on_disk=True,
-                       averages=self.store, anew=[step for step in again if step in piece])
-                self._ask(piece[-1])
-                self._let_go()
-        if not any(self._lacking()):
-            for name in ("models", *map(scheme_dir, map(str, self.schemes.values()))):
-                shutil.rmtree(self.store / name, ignore_errors=True)
+        with self._alone():
+            self._let_go()  # what a killed process left
+            total = self.trajectory.to_fetch(self._needed()) if self.on_hub else 0
+            with lawa_core.progress(total, f"fetching {self.name}", "B", unit_scale=True,
+                                    disable=not total) as bar:
+                while todo:
+                    # up to the next point with tasks, whose models are let go before it goes on
+                    stop = next((i for i, step in enumerate(todo) if not self._answered(step)),
+                                len(todo) - 1)
+                    piece, todo = todo[:stop + 1], todo[stop + 1:]
+                    replay(self.trajectory, self.schemes, self.corpus, piece, **options,
+                           each=functools.partial(self._each, bar), on_disk=True,
+                           averages=self.work, redo=[step for step in again if step in piece])
+                    self._ask(piece[-1])
+                    self._let_go()
+            if self._done():
+                shutil.rmtree(self.work, ignore_errors=True)
         rows = replay(self.trajectory, self.schemes, self.corpus, points, **options)
         rows = [{"model": self.name} | line for line in rows]
         if points == self.points:
             self._write(rows)
-        elif not any(self._lacking()):
+        elif self._done():
             self.run()  # the last of several processes writes the rows of all
         return rows
 
-    def _windows(self) -> dict:
-        """The schemes that read checkpoints."""
-        return {"run": newest(), "lawa": self.schemes["lawa"]}
+    def _check_weights(self) -> None:
+        """Refuse a store that holds results of other weights than there are now."""
+        if self.on_hub:
+            now = {step: commit for step, (commit, _) in self.trajectory.revisions.items()}
+        else:
+            now = {step: self.trajectory[step].fingerprint for step in self.trajectory.steps}
+        path = self.store / "weights.json"
+        with locked(self.store):
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            now = {str(step): identity for step, identity in now.items()}
+            if other := [step for step in now if kept.get(step, now[step]) != now[step]]:
+                raise LawaError(f"{self.store} holds results of other weights at step "
+                                f"{some(other)}; remove it, or give another store")
+            with lawa_core.replacing(path) as part:
+                part.write_text(json.dumps(kept | now))
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Refuse to share a folder of fetched files with another job, which would take files away
+        that this one needs; several processes of one job share it."""
+        if not self.on_hub:
+            yield
+            return
+        own = repr((self.store, self.points, self.k, self.spacing, self.losses.name, self.running))
+        folder = self.trajectory.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".job", "a+") as job:
+            with contextlib.suppress(OSError):  # others are at work
+                fcntl.flock(job, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                job.truncate(0)
+                job.write(own)
+                job.flush()
+            fcntl.flock(job, fcntl.LOCK_SH)
+            job.seek(0)
+            if job.read() != own:
+                raise LawaError(f"another replay is fetching to {folder}; wait for it, or give "
+                                "another hub folder")
+            yield
 
     def _each(self, bar, step: int, label: str, state: dict) -> None:
-        """Before a model of a point is evaluated."""
+        """Before a model of a point is evaluated, which has its weights in the files' types."""
         if label == "run":
             self._let_go()
             self._advance(step)
             self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
-            if self.on_hub:
-                bar.update(self.trajectory.fetched - bar.n)
+            bar.update(self.on_hub and self.trajectory.fetched - bar.n)
+        for name, tensor in state.items():
+            state[name] = tensor.to(self._dtypes[name])
         folder = self._model(step, label)
-        if not self._answered(step) and not (folder / "config.json").exists():
-            state = {name: tensor.to(self._dtypes[name]) for name, tensor in state.items()}
+        if self._unanswered(step, label) and not (folder / "config.json").exists():
             write_hf(folder, state, lawa_core.config_of(self.like), self.like)
 
     def _advance(self, step: int) -> None:
         """Bring EMA and SWA to a point, from the newest point where they are."""
-        for label, scheme in self.schemes.items():
-            if label == "lawa":
-                continue
-            made = self._averages(scheme)
-            at = max((point for point in made if point <= step), default=None)
-            beta = getattr(lawa_core.parse_scheme(scheme), "beta", None)
-            for n, point in enumerate(self.points):
-                if point > step or (at is not None and point <= at):
+        unknown, again = self._lacking()
+        made = {scheme: max((at for at in there if at <= step), default=-1)
+                for scheme, there in self._running().items()}
+        for n, point in enumerate(self.points):
+            if point > step:
+                return
+            for scheme, before in made.items():
+                if point <= before:
                     continue
                 self.trajectory[point]  # fetched, where it is not
                 sources, weights = {point: self.trajectory.sources[point]}, (1,)
-                if at is not None:
-                    sources[at] = self.store / scheme_dir(scheme) / checkpoint_name(at)
+                if before >= 0:
+                    sources[before] = self._average(scheme, before)
+                    beta = getattr(lawa_core.parse_scheme(scheme), "beta", None)
                     weights = (n, 1) if beta is None else (beta, 1 - beta)
-                path = self.store / scheme_dir(scheme) / checkpoint_name(point)
-                path.parent.mkdir(exist_ok=True)
+                path = self._average(scheme, point)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 lawa_core.average_files(
                     lawa_core.Trajectory(sources), {path: (explicit(weights), point)},
                     dtype="F32", allow=lawa_core.ALLOW)
-                at = point
+                if before >= 0 and not any(before <= at < point for at in unknown + again):
+                    self._average(scheme, before).unlink()
+                made[scheme] = point
+            if self.on_hub and point < step and point not in self._window(unknown + again):
+                self.trajectory.remove(point)
 
     def _let_go(self) -> None:
         """Remove the revisions and running averages that no point needs any more."""
+        needed = self._needed()
+        for step in self.trajectory.steps if self.on_hub else ():
+            if step not in needed:
+                self.trajectory.remove(step)
         unknown, again = self._lacking()
-        lacking = sorted(unknown + again)
-        if self.on_hub:
-            needed = {step for point in lacking
-                      for step in row(self.schemes["lawa"], self.trajectory.steps, point)}
-            for step in self.trajectory.steps:
-                if step not in needed:
-                    self.trajectory.remove(step)
-        for label, scheme in self.schemes.items():
-            if label != "lawa":
-                made = self._averages(scheme)
-                first = [point for point in made if lacking and point <= lacking[0]]
-                for point, path in made.items():
-                    if not lacking or (first and point < first[-1]):
-                        path.unlink(missing_ok=True)
+        first = min(unknown + again, default=math.inf)
+        for scheme, made in self._running().items():
+            last = max((step for step in made if step <= first), default=-1)
+            for step in made:
+                if step < last or first == math.inf:
+                    self._average(scheme, step).unlink()
 
     def _ask(self, step: int) -> None:
         """Put the tasks to the models of a point, keep the answers, let the models go."""
-        files = self._documents(step)
         for label in ("run", *self.schemes):
-            folder = self._model(step, label)
-            tasks = [task for (of, task), path in files.items() if of == label
-                     and not path.exists()]
-            if tasks:
-                for answers in zero_shot(folder, tasks, limit=self.task_limit,
-                                         task_path=self.task_path,
-                                         device=pick_device(self.device).type):
-                    path = files[label, answers["task"]]
+            files = self._documents(step, label)
+            if tasks := self._unanswered(step, label):
+                for answers in zero_shot(self._model(step, label), tasks, limit=self.task_limit,
+                                         task_path=self.task_path, device=self.device):
+                    path = files[answers["task"]]
                     path.parent.mkdir(exist_ok=True)
                     with lawa_core.replacing(path) as part:
                         part.write_text(json.dumps(answers))
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self._model(step, label), ignore_errors=True)
 
     def _write(self, rows: list[dict]) -> None:
         with lawa_core.replacing(self.store / "rows.csv") as part, open(part, "w") as file:
@@ -365,10 +438,11 @@ class Job:
         documents: (n,) 0 or 1 for each, the same documents for every model."""
         found = []
         for step in self.task_steps:
-            for (label, _), path in self._documents(step).items():
-                if path.exists():
-                    about = {"model": self.name, "step": step, "scheme": label}
-                    found.append(about | json.loads(path.read_text()))
+            for label in ("run", *self.schemes):
+                for path in self._documents(step, label).values():
+                    if path.exists():
+                        about = {"model": self.name, "step": step, "scheme": label}
+                        found.append(about | json.loads(path.read_text()))
         return found
 
     def plan(self, points=None) -> str:
@@ -376,31 +450,39 @@ class Job:
         and the tokenizer alone."""
         points = self.points if points is None else points
         unknown, again = self._lacking()
-        todo = sorted({*unknown, *again} & set(points))
+        todo = [step for step in points if step in {*unknown, *again} or not self._answered(step)]
         lines = [f"{self.name}: {len(points)} points, {len(todo)} to do"]
         if not todo:
             return lines[0]
-        models = len(todo) * (1 + len(self.schemes))
-        size = self.trajectory[self.trajectory.steps[-1]].nbytes if not self.on_hub else 0
+        if not self.running:
+            lines.append("  without EMA and SWA")
+        models = 1 + len(self.schemes)
+        width = 4 / self._itemsize()  # of running averages, in float32, over the files'
         if self.on_hub:
-            hub = self.trajectory
-            found = hub.plan(self._windows(), todo, True)
+            hub, needed = self.trajectory, self._needed()
             size = max(map(hub.nbytes, hub.steps))
-            width = 4 / self._itemsize()  # of running averages, in float32, over the files'
             running = 2 * (len(self.schemes) - 1) * width * size
-            tasks = (1 + len(self.schemes)) * size if self.tasks else 0
-            # the window and the next one, and what waits until the last point is recorded
-            disk = found["disk_bytes"] + 2 * size + running + tasks
+            # the window, the next revision, and two that wait until their points are recorded
+            disk = (self.k + 3) * size + running + bool(self.tasks) * models * size
+            nbytes = hub.to_fetch(needed)
             lines += [
-                f"  {found['revisions']} revisions, {found['fetch_bytes'] / 1e9:.2f} GB to fetch, "
-                f"{found['hours']:.1f} hours at {found['rate'] / 1e6:.0f} MB/s",
-                f"  at most {disk / 1e9:.2f} GB on disk ({running / 1e9:.2f} GB of it EMA and "
-                f"SWA), {size / 1e9:.2f} GB of an average in memory"]
-        flops = 2 * size / self._itemsize() * self.eval_tokens * models
+                f"  {len(needed)} revisions, {nbytes / 1e9:.2f} GB to fetch: "
+                f"{duration(nbytes / RATE)} at {RATE / 1e6:.0f} MB/s",
+                f"  at most {disk / 1e9:.2f} GB on disk, {running / 1e9:.2f} GB of it EMA and SWA; "
+                f"{size * (1 + width * self.running) / 1e9:.2f} GB of averages in memory"]
+        else:
+            size = self.trajectory[self.trajectory.steps[-1]].nbytes
+        block = public_model(self.like, torch.device("cpu"))[0].block_size
+        tokens = self.n_blocks * block
+        flops = 2 * size / self._itemsize() * tokens * models * len(todo)
         times = ", ".join(f"{duration(flops / rate)} on {name}"
                           for name, (rate, _) in DEVICES.items())
-        lines.append(f"  {models} models of {size / self._itemsize() / 1e6:,.1f}M parameters to "
-                     f"evaluate on {self.eval_tokens:,} tokens each: {flops:.1e} FLOPs, {times}")
+        lines.append(f"  {models * len(todo)} models of {size / self._itemsize() / 1e6:,.1f}M "
+                     f"parameters to evaluate on {tokens:,} tokens each: {flops:.1e} FLOPs, "
+                     f"{times}")
+        if self.tasks:
+            steps = [step for step in todo if not self._answered(step)]
+            lines.append(f"  tasks at {len(steps)} of the points: {', '.join(self.tasks)}")
         if self.on_hub:
             reported = [f"reported: {note}" for note in self.trajectory.notes]
             wrong = [*self.trajectory.twins, *reported]
@@ -411,6 +493,18 @@ class Job:
         fields = lawa_core.config_of(self.like)
         half = (fields.get("dtype") or fields.get("torch_dtype")) in ("float16", "bfloat16")
         return 2 if half else 4
+
+
+@functools.cache
+def _content(folder: str | None) -> str:
+    """A hash of a folder's files, which tasks are made of; "" without one."""
+    if folder is None:
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return f"-{digest.hexdigest()[:8]}"
 
 
 @functools.cache
@@ -425,14 +519,17 @@ def known_tasks(task_path: str | None, tasks: tuple[str, ...]):
         if task_path is not None or not alone:
             path = task_path and str(task_path)
             found = known.TaskManager(include_path=path, include_defaults=not alone)
-            unknown = [task for task in tasks if task not in found.all_tasks]
+            unknown = [task for task in tasks if task not in found.all_subtasks]
             if not unknown:
                 return found
+    groups = [task for task in unknown if task in found.all_tasks]
+    if groups:
+        raise LawaError(f"{', '.join(groups)} stands for several tasks of lm_eval; give those")
     raise LawaError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, and "
                     "task_path is a folder of further ones")
 
 
-def zero_shot(folder, tasks: Sequence[str], *, device: str = "cpu", task_path=None,
+def zero_shot(folder, tasks: Sequence[str], *, device: str = "auto", task_path=None,
               **options) -> list[dict]:
     """Accuracy of a Hugging Face folder on tasks of lm-evaluation-harness.
 
@@ -444,20 +541,26 @@ def zero_shot(folder, tasks: Sequence[str], *, device: str = "cpu", task_path=No
     import lm_eval
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    half = lawa_core.config_of(Path(folder)).get("dtype") if device == "cuda" else "float32"
-    source = {"pretrained": str(folder), "dtype": half}
+    device, dtype = pick_device(device), "float32"
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        dtype = lawa_core.config_of(Path(folder)).get("dtype", dtype)
+    source = {"pretrained": str(folder), "dtype": dtype}
     with lawa_core.explained(f"zero-shot tasks {', '.join(tasks)}"):
         found = lm_eval.simple_evaluate(
-            model="hf", model_args=source, tasks=list(tasks), device=device, **options)
+            model="hf", model_args=source, tasks=list(tasks), device=str(device), **options)
+    gc.collect()  # its model, before the next one is made
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     rows = []
     for task, values in found["results"].items():
         if "acc,none" not in values:
             raise LawaError(f"task {task} has no accuracy; expected one of several choices, or "
                             "words to be guessed")
         answers = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+        right = [float(sample["acc"]) for sample in answers]
         rows.append({"task": task, "accuracy": values["acc,none"],
-                     "stderr": values["acc_stderr,none"],
-                     "documents": [float(sample["acc"]) for sample in answers]})
+                     "stderr": mean_se(np.array(right))[1], "documents": right})
     return rows
 
 
@@ -483,7 +586,8 @@ class Curves:
         back = (job.k - 1) * job.spacing
         self.stride = int(np.diff(self.steps).min(initial=job.spacing))
         self.window = back // self.stride + 1
-        self.full = np.flatnonzero(self.steps - back >= min(job.trajectory.steps))
+        begun = min(step for step in job.trajectory.steps if step)
+        self.full = np.flatnonzero(self.steps - back >= begun)
         self.spikes = spikes(self.loss["run"])
 
     def gains(self, better: str = "lawa", than: str = "run") -> list[Difference]:
@@ -570,6 +674,11 @@ def over_points(values, length: int, *, margin: float = MARGIN, unit: str = "nat
 
 # ---- Command line --------------------------------------------------------------------------------
 
+# torchrun's variables, by which lm_eval would join processes, each with another model, to a group
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+         "MASTER_PORT")
+
+
 def share(text: str | None = None) -> tuple[int, int]:
     """(number of this process, of how many), as --slice, torchrun or a Slurm array says."""
     told = os.environ
@@ -644,15 +753,20 @@ def main(argv=None) -> int:
         number, count = share(args.slice)
         if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        for name in RANKS:
+            os.environ.pop(name, None)
         together = len(args.models) >= count  # a process has whole models
         if not together and not args.alone:
             print("EMA and SWA are left out: they need a model's points in order, and here "
                   f"{count} processes share {len(args.models)} of them")
+        with lawa_core.explained(f"--task-steps must be steps such as 103000,143000, got "
+                                 f"{args.task_steps!r}"):
+            task_steps = list(map(int, words(args.task_steps)))
         jobs = jobs_of(
             args.models, hub_folder=args.hub_folder, store=args.store, points=span(args.steps),
             corpus=open_corpus(args.corpus), k=args.k, spacing=args.spacing,
             eval_tokens=args.eval_tokens, running=together and not args.alone,
-            tasks=words(args.tasks), task_steps=list(map(int, words(args.task_steps))),
+            tasks=words(args.tasks), task_steps=task_steps,
             task_limit=args.task_limit, task_path=args.task_path, device=args.device,
             names=args.names, endpoint=args.endpoint,
             allow_duplicates=args.allow_duplicates or args.dry_run)
@@ -663,8 +777,8 @@ def main(argv=None) -> int:
             for job, points in mine:
                 job.run(points)
                 print(f"{job.name}: {len(points)} points done; kept in {job.store}", flush=True)
-    except (LawaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (LawaError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)

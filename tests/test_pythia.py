@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -381,7 +382,7 @@ def wait_for(path) -> None:
 def test_one_copy_is_fetched_the_next_meanwhile_and_the_disk_is_bounded(hub, tmp_path, on_disk):
     trajectory, most = opened(hub, tmp_path), 0
     schemes = SCHEMES | {"ema": newest()}
-    plan = trajectory.plan(schemes, on_disk=on_disk, rate=1e6)
+    planned = trajectory.to_fetch(STEPS)
     folders = {step: tmp_path / "cache" / f"step{step}" for step in STEPS}
     for step, name, _ in lawa_core.sweep(trajectory, schemes, on_disk=on_disk):
         following = STEPS.index(step) + 1
@@ -393,14 +394,11 @@ def test_one_copy_is_fetched_the_next_meanwhile_and_the_disk_is_bounded(hub, tmp
         sum(file.size for name, file in files.items() if not name.endswith(".json"))
         for _, files in trajectory.revisions.values()
     )
-    assert (
-        plan["fetch_bytes"] == sum(hub.sent.values()) == sum(map(trajectory.nbytes, STEPS))
-        and plan["revisions"] == 5
-    )
-    assert plan["hours"] == plan["fetch_bytes"] / 1e6 / 3600
-    assert most <= plan["disk_bytes"] and not any(path.exists() for path in folders.values())
+    assert planned == sum(hub.sent.values()) == sum(map(trajectory.nbytes, STEPS))
     held = 4 if on_disk else 2  # k + 1 copies, or the one being read and the next
-    assert plan["disk_bytes"] <= held * max(map(trajectory.nbytes, STEPS))
+    assert most <= held * max(map(trajectory.nbytes, STEPS))
+    assert not any(path.exists() for path in folders.values())
+    assert trajectory.fetched == planned
     assert not open_deleted(tmp_path)  # they would keep the disk full
 
 
@@ -606,11 +604,7 @@ def test_an_interrupted_revision_keeps_its_whole_shards(hub, tmp_path, no_waitin
     hub.faults.clear()
     trajectory = opened(hub, tmp_path)
     first = {name: size for name, size in hub.sent.items() if "-of-00003" in name}
-    assert (
-        len(first) == 2
-        and trajectory.plan({"run": newest()}, [30], rate=1)["fetch_bytes"]
-        < trajectory.nbytes(30) / 2
-    )
+    assert len(first) == 2 and trajectory.to_fetch([30]) < trajectory.nbytes(30) / 2
     trajectory[30]
     assert {
         name: hub.sent[name] for name in first
@@ -731,6 +725,7 @@ def corpus(tmp_path):
                 "val_bytes": 2997,
                 "eot_token": 0,
                 "tokenizer": "tokenizer.json",
+                "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest(),
             }
         )
     )
