@@ -237,6 +237,8 @@ def load_by_name(model: Transformer, tensors) -> Transformer:
     another shape.
     """
     ours = model.net.state_dict()
+    if "embed_out.weight" in tensors and "lm_head.weight" in ours:  # GPT-NeoX's, in transformers 5
+        ours["embed_out.weight"] = ours.pop("lm_head.weight")
     first = lawa_core.first_names(ours)
     there = {first[name] for name in ours if name in tensors}
     for name, parameter in ours.items():

@@ -414,7 +414,7 @@ def test_a_night_replays_every_model(undisturbed):
         losses = {float(row["loss"]) for row in rows}
         # all differ but at the first point, where EMA and SWA are the run, the second, where both
         # are the mean of two, and the third, where SWA has the window of LAWA
-        assert len(losses) == len(rows) - 4
+        assert len(losses) in (len(rows) - 3, len(rows) - 4)  # of halves all three are rounded
         assert all(1 < loss < 30 for loss in losses)
     assert undisturbed.sent == undisturbed.needed and set(undisturbed.times) == {1}
     assert undisturbed.disk.left() == []
@@ -956,3 +956,215 @@ def test_text_in_other_tokens_is_refused_before_weights_are_fetched(world, hub, 
     with pytest.raises(LawaError, match="not in this model's tokens"):
         replay.Job(TINY, [20], opened, k=1, spacing=10, endpoint=hub.url, device="cpu",
                    hub_folder=tmp_path / "h", store=tmp_path / "s").run()  # fmt: skip
+
+
+# ---- Results that would be of something else, and work that would be done twice ------------------
+
+
+def fresh(world, hub, folder, model=TINY, points=POINTS, corpus=None, **more):
+    """A job with folders of its own, without tasks unless they are given."""
+    options = {"k": K, "spacing": 10, "eval_tokens": BLOCK * BLOCKS, "device": "cpu"}
+    options |= {"hub_folder": folder / "hub", "store": folder / "store", "endpoint": hub.url}
+    return replay.Job(model, list(points), corpus or world.corpus, **options | more)
+
+
+TASKS = {"tasks": ("toy",), "task_steps": (50,)}
+
+
+def test_a_store_of_other_weights_is_refused(world, hub, tmp_path):
+    """Of another stage's revisions with the same steps, or of a folder that was written anew."""
+    made = neox(tmp_path / "base", 2, 32)
+    branches = {}
+    for stage, late in ((1, 0), (2, 5)):
+        for step in (10, 20):
+            files_of = files(made, step + late, world.tokenizer, torch.float32)
+            branches[f"stage{stage}-step{step}"] = files_of
+    with Watched({"nano/stages": branches}) as stages:
+        one, other = (
+            fresh(world, stages, tmp_path, "nano/stages", (20,), k=2, names=names)
+            for names in (r"stage1-step(\d+)", r"stage2-step(\d+)")
+        )
+        one.run()
+        with pytest.raises(LawaError, match=r"holds results of other weights at step 10, 20; "):
+            other.run()
+    for step in (10, 20):
+        lay(tmp_path / "folders" / f"step{step}", branches[f"stage1-step{step}"])
+    rows = fresh(world, hub, tmp_path / "own", tmp_path / "folders", (20,), k=2).run()
+    again = fresh(world, hub, tmp_path / "own", tmp_path / "folders", (20,), k=2).run()
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    lay(tmp_path / "folders" / "step10", branches["stage2-step10"])
+    with pytest.raises(LawaError, match="other weights at step 10"):
+        fresh(world, hub, tmp_path / "own", tmp_path / "folders", (20,), k=2).run()
+
+
+def test_random_weights_are_in_no_average(world, tmp_path):
+    branches = {"step0": files(neox(tmp_path / "base", 2, 32), 0, world.tokenizer, torch.float32)}
+    branches |= {f"step{step}": world.repos[TINY][f"step{step}"] for step in (10, 20)}
+    with Watched({TINY: branches}) as hub:
+        (_, _, _, lawa) = fresh(world, hub, tmp_path, points=(0, 10), running=False).run()
+        (run, _) = fresh(world, hub, tmp_path / "other", points=(10,), running=False).run()
+    assert lawa["step"] == 10 and lawa["loss"] == run["loss"]
+
+
+def test_a_file_that_nobody_compared_is_not_there(world, hub, tmp_path, monkeypatch):
+    """A kill between the last byte and the comparison with the Hub's sha256."""
+    hub.reset()
+    before = fresh(world, hub, tmp_path / "other", points=(20,)).run()
+    digest = hashlib.file_digest
+    spoilt = []
+
+    def die(opened, kind):
+        data = bytearray(Path(opened.name).read_bytes())
+        data[-1] ^= 1
+        Path(opened.name).write_bytes(data)
+        spoilt.append(opened.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hashlib, "file_digest", die)
+    with pytest.raises(KeyboardInterrupt):
+        fresh(world, hub, tmp_path, points=(20,)).run()
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    rows = fresh(world, hub, tmp_path, points=(20,)).run()
+    assert spoilt and [row["loss"] for row in rows] == [row["loss"] for row in before]
+
+
+def test_text_whose_tokens_are_not_known_to_be_the_models(world, hub, tmp_path):
+    hub.reset()
+    shutil.copytree(world.text, tmp_path / "text")
+    meta = json.loads((world.text / "meta.json").read_text())
+    del meta["tokenizer_sha256"]
+    (tmp_path / "text" / "meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
+    with pytest.raises(LawaError, match="not in this model's tokens"):
+        fresh(world, hub, tmp_path, corpus=model.open_corpus(tmp_path / "text")).run()
+    assert hub.begun == []
+
+
+def test_under_torchrun_every_process_asks_its_own_models(world, hub, tmp_path, monkeypatch):
+    """lm_eval answers None in all ranks but the first, if it is told that there are ranks."""
+    pytest.importorskip("lm_eval")
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    more = ("--tasks", "toy", "--task-path", world.tasks, "--alone")
+    night = Night(world, hub, tmp_path, (TINY, LLAMA), *more, steps="20,30,10")
+    assert command(*night.arguments) == 0
+    assert len(night.documents()) == 2 and all("llama" in path for path in night.documents())
+
+
+def test_one_process_does_not_end_what_another_is_asking(world, hub, tmp_path, monkeypatch):
+    more = TASKS | {"task_steps": (80,), "task_path": str(world.tasks), "running": False}
+    first, last = (fresh(world, hub, tmp_path, **more) for _ in range(2))
+    ask = replay.zero_shot
+
+    def asked(folder, *args, **options):
+        if not first.store.joinpath("documents").exists() and not done:
+            done.append(first.run(POINTS[:3]))  # the other ends in the midst of it
+        return ask(folder, *args, **options)
+
+    done = []
+    monkeypatch.setattr(replay, "zero_shot", asked)
+    last.run(POINTS[3:])
+    assert len(done) == 1 and len(done[0]) == 6 and len(last.accuracies()) == 2
+    assert len(table((last.store / "rows.csv").read_bytes())) == 2 * len(POINTS)
+    assert not last.work.exists()
+
+
+def test_another_job_may_not_take_files_away(world, hub, tmp_path):
+    """Two jobs of one model, at once, in one hub folder; two processes of one job may share it."""
+    one = fresh(world, hub, tmp_path, running=False)
+    other = fresh(world, hub, tmp_path, points=(20, 30), store=tmp_path / "elsewhere")
+    with one._alone():
+        with pytest.raises(LawaError, match=r"another replay is fetching to .*hub; wait for it"):
+            other.run()
+        fresh(world, hub, tmp_path, running=False).run(POINTS[:2])
+    assert len(other.run()) == 8  # afterwards
+
+
+def test_tasks_that_come_later_take_no_more_disk(world, hub, tmp_path):
+    """EMA and SWA are made again from the first point on, and what is read goes at once."""
+    fresh(world, hub, tmp_path).run()
+    job = fresh(world, hub, tmp_path, tasks=("toy",), task_path=str(world.tasks))
+    assert "7 revisions" in job.plan()  # all points', for EMA and SWA
+    most, advance = [], replay.lawa_core.average_files
+
+    def watched(*args, **options):
+        revisions = list((tmp_path / "hub").glob("step*"))
+        most.append((len(revisions), len(list(job.work.rglob("ckpt_*")))))
+        return advance(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay.lawa_core, "average_files", watched)
+        rows = job.run()
+    revisions, averages = map(max, zip(*most, strict=True))
+    assert revisions <= K + 4 and averages <= 4
+    again = fresh(world, hub, tmp_path / "other").run()
+    assert [row["loss"] for row in rows] == [row["loss"] for row in again]
+    assert len(job.accuracies()) == 4
+
+
+def test_nothing_is_evaluated_twice(world, hub, tmp_path, monkeypatch):
+    count, evaluate = [], model.evaluate
+    monkeypatch.setattr(model, "evaluate", lambda *args: count.append(1) or evaluate(*args))
+    fresh(world, hub, tmp_path, running=False).run()
+    assert len(count) == 2 * len(POINTS)
+    fresh(world, hub, tmp_path).run()
+    assert len(count) == 4 * len(POINTS)
+    fresh(world, hub, tmp_path).run()
+    assert len(count) == 4 * len(POINTS)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (("--eval-tokens", "-5"), "eval_tokens must be at least 1"),
+        (("--device", "foo"), "device 'foo' cannot be used here"),
+        (("--device", "cuda"), "device 'cuda' cannot be used here"),
+        (("--task-steps", "abc"), "--task-steps must be steps"),
+        (("--tasks", "both", "--task-path", "TASKS"), "both stands for several tasks"),
+        (("--tasks", "nothing", "--task-path", "TASKS"), "lm_eval has no task nothing"),
+        (("--tasks", "toy", "--task-path", "TASKS", "--task-limit", "0"), "task_limit must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_more_wrong_arguments(world, hub, tmp_path, capsys, change, said):
+    if torch.cuda.is_available() and "cuda" in change:
+        pytest.skip("cuda can be used here")
+    hub.reset()
+    tasks = tmp_path / "tasks"
+    shutil.copytree(world.tasks, tasks)
+    text = (tasks / "toy.yaml").read_text()
+    for name in "ab":
+        own = text.replace("task: toy", f"task: toy{name}\ntag: both")
+        (tasks / f"{name}.yaml").write_text(own)
+    night = Night(world, hub, tmp_path, (TINY,))
+    assert command(*night.arguments, *(tasks if word == "TASKS" else word for word in change)) == 2
+    assert said in one_line(capsys) and hub.begun == []
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "./nowhere", "/nowhere"])
+def test_a_folder_that_is_not_there(world, hub, tmp_path, capsys, name):
+    assert command(*Night(world, hub, tmp_path, (name,)).arguments) == 2
+    assert one_line(capsys).startswith(f"error: {name} is no folder; expected one, or a repository")
+
+
+def test_a_config_that_lacks_a_size(tmp_path):
+    folder = tmp_path / "step10"
+    fields = neox(folder, 2, 32)[0]
+    del fields["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(LawaError, match=r"config.json lacks hidden_size"):
+        lab.hf.hf_config(folder)
+
+
+def test_a_variant_that_is_not_ours_is_evaluated_through_transformers(world, hub, tmp_path):
+    """A GPT-NeoX with another rotary base."""
+    for step in (10, 20):
+        folder = lay(tmp_path / "odd" / f"step{step}", world.repos[TINY][f"step{step}"])
+        fields = json.loads((folder / "config.json").read_text())
+        fields["rope_parameters"] = {"rope_theta": 500.0, "partial_rotary_factor": 0.25}
+        fields |= {"rotary_emb_base": 500}
+        (folder / "config.json").write_text(json.dumps(fields))
+    run, _ = fresh(world, hub, tmp_path, tmp_path / "odd", (20,), k=1, running=False).run()
+    net = theirs(tmp_path / "odd" / "step20")
+    expected = by_hand(tmp_path / "odd" / "step20", net.state_dict(), world.corpus)
+    np.testing.assert_allclose(run["losses"], expected, rtol=0, atol=1e-4)
