@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab.hub import span  # noqa: E402
+from lab.hub import RATE, span  # noqa: E402
 from model import count_parameters, gpt_config  # noqa: E402
 
 SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")  # pythia-...-deduped
@@ -27,7 +27,6 @@ SECTIONS = {
 K, SPACING = 5, 1000  # checkpoints in the window; steps between them
 MODELS = 4  # evaluated at each point: run, LAWA, EMA, SWA
 TOKENS = 1_000_000  # evaluated per model
-RATE = 100e6  # bytes per second, an assumption
 FLOPS = 0.4 * 989e12  # a second: 40%, an assumption, of an H100's dense bf16 in NVIDIA's data sheet
 VOCABULARY = 50_277  # of Pythia's tokenizer; the models pad it
 BEGIN, END = "<!-- begin plan -->", "<!-- end plan -->"
@@ -74,7 +73,7 @@ def tables() -> str:
         seconds = point / FLOPS
         fixed.append([
             size, f"{parameters / 1e6:,.0f}M", f"{copy / 1e9:.2f}", gigabytes(alone + running),
-            gigabytes(alone), gigabytes(copy), gigabytes(2 * parameters), f"{point:.1e}",
+            gigabytes(alone), gigabytes(3 * copy), gigabytes(2 * parameters), f"{point:.1e}",
         ])
         cells = []
         for text in SECTIONS.values():
@@ -89,7 +88,7 @@ def tables() -> str:
         heads.append(f"{name}: {len(points)} points, {len(revisions(points))} revisions")
     return "\n\n".join([
         table(["pythia-…-deduped", "parameters", "one revision, GB", "disk at most, GB",
-               "the same `--alone`, GB", "host memory of one average, GB",
+               "the same `--alone`, GB", "host memory of averages, GB",
                "weights on the GPU, GB", "FLOPs a point"], fixed),
         table(["pythia-…-deduped", *heads], work),
     ])
