@@ -294,7 +294,9 @@ class Job:
         options = {"n_blocks": self.n_blocks, "device": self.device, "cache": self.losses}
         unknown, again = self._lacking()
         todo = [step for step in points if step in {*unknown, *again} or not self._answered(step)]
-        with self._alone():
+        # what is done can be drawn while another job fetches
+        refused = contextlib.nullcontext() if todo else contextlib.suppress(LawaError)
+        with refused, self._alone():
             self._let_go()  # what a killed process left
             total = self.trajectory.to_fetch(self._needed()) if self.on_hub else 0
             with lawa_core.progress(total, f"fetching {self.name}", "B", unit_scale=True,

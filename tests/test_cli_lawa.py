@@ -488,11 +488,3 @@ def test_search_when_the_command_fails(run, tmp_path):
             and done.stderr.count("\n") == 1
         )
     assert "{}" in refused("search", tmp_path / "run", "--command", "true")
-
-
-def test_inspect_tells_of_public_models_with_wrong_revisions(tmp_path):
-    folder = tmp_path / "pythia-2.8b"
-    folder.mkdir()
-    for step in (1, 3):
-        ref.write_safetensors(folder / f"step{step}.safetensors", ref.constant(step))
-    assert "note: many revisions" in good("inspect", folder)

@@ -707,6 +707,18 @@ def test_hub_names_work_wherever_a_trajectory_does(hub, tmp_path, monkeypatch, c
 # ---- Replays -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "repo, said", [("EleutherAI/pythia-2.8b", 2), ("EleutherAI/pythia-2.8b-deduped", 1), (REPO, 1),
+                   ("allenai/OLMo-2-1124-7B", 1), ("nano/other", 0)]
+)  # fmt: skip
+def test_what_is_known_of_wrong_revisions_is_told(branches, tmp_path, repo, said):
+    with Hub({repo: branches}) as hub:
+        found = lab_hub.open_hub(repo, [10, 20], tmp_path / "cache", endpoint=hub.url, token=False)
+        assert len(found.notes) == said
+        told = lawa_core.inspect(found)
+    assert told["notes"] == found.notes and [row["step"] for row in told["checkpoints"]] == [10, 20]
+
+
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "text"
