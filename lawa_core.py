@@ -1805,18 +1805,15 @@ def bare_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def copied(tree, places: Mapping | None = None):
-    """A deep copy of nested dicts of tensors, each with the name and on the device that `places`,
-    {bare name: (name, device)}, gives it."""
+def copied(tree, devices: Mapping | None = None):
+    """A deep copy of nested dicts of tensors; devices: {name of a tensor: where to}."""
     copy = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
         if isinstance(value, Mapping):
-            copy[key] = copied(value, places)
+            value = copied(value, devices)
         elif hasattr(value, "device"):
-            name, device = places[bare_name(key)] if places else (key, value.device)
-            copy[name] = value.to(device, copy=True)
-        else:
-            copy[key] = value
+            value = value.to(devices[name] if devices else value.device, copy=True)
+        copy[name] = value
     return copy
 
 
@@ -1831,10 +1828,10 @@ class Online:
         self.model, self.every, self.start, self.held = model, every, start, held
 
     def live(self) -> dict:
-        """The model's tensors, tied ones once."""
+        """{bare name: the model's tensor}, tied ones once."""
         tensors = live_state(self.model)
         first = first_names(tensors)
-        return {name: tensor for name, tensor in tensors.items() if first[name] == name}
+        return {bare_name(name): tensors[name] for name in tensors if first[name] == name}
 
     def update(self, step: int) -> None:
         """Call after every optimizer.step() with the number of steps done.
@@ -1849,8 +1846,8 @@ class Online:
 
     def average(self, *which) -> dict:
         """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
-        averaged = self.averaged(*which)
-        return {name: averaged[kept] for name, kept in first_names(live_state(self.model)).items()}
+        averaged, first = self.averaged(*which), first_names(live_state(self.model))
+        return {name: averaged[bare_name(kept)] for name, kept in first.items()}
 
     @contextlib.contextmanager
     def swapped(self, *which):
@@ -1882,16 +1879,15 @@ class Online:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a copy of the state, to the same bits; LawaError if it is another model's."""
-        live, kind = self.live(), type(self).__name__
-        shapes = {bare_name(name): list(tensor.shape) for name, tensor in live.items()}
-        theirs = {bare_name(name): shape for name, shape in state.get("shapes", {}).items()}
+        live, kind, theirs = self.live(), type(self).__name__, state.get("shapes", {})
+        shapes = {name: list(tensor.shape) for name, tensor in live.items()}
         if state.get("kind") != kind or theirs != shapes:
             other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
             raise LawaError(f"expected the state of {kind} for this model, got that of "
                             f"{state.get('kind')} for {len(theirs)} tensors, of other names or "
                             f"shapes: {some(other)}")
-        places = {bare_name(name): (name, self.place or t.device) for name, t in live.items()}
-        self.held = copied(state["held"], places)
+        devices = {name: self.place or tensor.device for name, tensor in live.items()}
+        self.held = copied(state["held"], devices)
     place = None  # the device of the state; None: the model's
     inside = False  # inside `swapped`
 
