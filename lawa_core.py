@@ -67,15 +67,15 @@ def refuse(problems) -> None:
 
 
 @contextlib.contextmanager
-def explained(text: str):
-    """Whatever a broken file makes its reader raise, as one line that begins with `text`."""
+def explained(text: str, kind: type = LawaError):
+    """Whatever a broken file or a full disk makes a library raise, as a line that `text` begins."""
     try:
         yield
     except (LawaError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch.distributed's are no Exceptions
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise LawaError(f"{text} ({reason})") from None
+        raise kind(f"{text} ({reason})") from None
 
 
 class Lines:
@@ -914,36 +914,22 @@ def plan_file(stored: Mapping[str, Stored], ties: Mapping[str, str], metadata: M
     return len(text).to_bytes(8, "little") + text, offsets, base + offset
 
 
-def write_torch(state: dict, file, path) -> None:
-    """torch.save to an open file, whose errors are no OSErrors: a full disk is a RuntimeError."""
-    import torch
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:
-        raise JobFailed(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-
-
 @contextlib.contextmanager
 def sole_writer(path: Path):
     """Hold the lock of an output; JobFailed if another job, or thread, has it."""
     import fcntl
     lock = path.parent / f".{path.name}.lock"
-    with contextlib.ExitStack() as stack:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(lock, "w"))
-        except OSError as error:
-            raise JobFailed(f"cannot write {path}: {error.strerror or error}") from error
+    with explained(f"cannot write {path}", JobFailed):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.stat(lock).st_ino == os.fstat(file.fileno()).st_ino
-        except (BlockingIOError, FileNotFoundError):  # its holder has just removed it
-            free = False
-        except OSError:  # a file system without locks
-            free = True
-        if not free:
+        except BlockingIOError:
             raise JobFailed(f"another job is writing {path}; wait until it is done, or choose "
-                            "another output")
+                            "another output") from None
+        except OSError:
+            pass  # a file system without locks
         try:
             yield
         finally:
@@ -996,8 +982,10 @@ def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> N
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix != ".safetensors":
             import torch
-            write_torch({name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-                         for name, value in tensors.items()}, file, path)
+            state = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                     for name, value in tensors.items()}
+            with explained(f"cannot write {path}", JobFailed):
+                torch.save(state, file)
             return
         kept, ties = layout({0: from_memory(tensors, path)})
         header, offsets, _ = plan_file(kept, ties, metadata or {})
@@ -1653,10 +1641,12 @@ def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping
             fields |= dict.fromkeys(names, DTYPES[dtype][1])
             config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
+        import torch
         state = {name: whole[name] for name in whole if name not in whole.ties}
         state |= {name: state[kept] for name, kept in whole.ties.items()}
-        with open(part, "wb") as file:  # whose errors are the system's
-            write_torch(put_back(state, newest.around), file, path)
+        # not to a path, which would be in the file's bytes
+        with explained(f"cannot write {path}", JobFailed), open(part, "wb") as file:
+            torch.save(put_back(state, newest.around), file)
         with replacing(sidecar(path)) as text:
             text.write_text(json.dumps(note, indent=1))
 
