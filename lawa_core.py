@@ -698,15 +698,8 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         reason = (str(error) or "empty").splitlines()[0]
         if "weights_only" in reason:  # torch goes on to advise what would run the file's code
             reason = "no file of tensors"
-        with open(path, "rb") as file:
-            begins = file.read(4)
-        advice = "expected what torch.save writes of a state dict"
-        if begins == b"GGUF":
-            advice = FOREIGN[".gguf"]
-        if not begins or begins.startswith((b"PK", b"\x80")):  # as torch.save's files begin
-            script = "TorchScript" in str(error)
-            advice = "save its state_dict() alone" if script else "copy it again"
-        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); {advice}") from None
+        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); copy it again, or save "
+                        "a state dict alone") from None
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
