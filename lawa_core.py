@@ -460,12 +460,14 @@ class Checkpoint(UserDict):
     """A lazy mapping name -> torch.Tensor (a fresh CPU copy at every look-up), opened by header.
 
     data: {name: Stored}; metadata: the header's strings; nbytes: tied tensors count once; left_out:
-    what else the file holds, in words; around: of a torch file, what `put_back` needs.
+    what else the file holds, in words; put_back: makes of an average's state dict what a torch file
+    like this one holds, other keys and all.
     """
 
-    def __init__(self, path, stored: Mapping[str, Stored], metadata: Mapping | None = None):
+    def __init__(self, path, stored: Mapping[str, Stored], metadata: Mapping | None = None,
+                 left_out=(), put_back: Callable[[dict], dict] = dict):
         self.path, self.data, self.metadata = Path(path), dict(stored), dict(metadata or {})
-        self.left_out, self.around = [], ({}, (), {})
+        self.left_out, self.put_back = list(left_out), put_back
         if not stored:
             raise LawaError(f"{path} holds no tensors; expected a model's weights")
         if "__metadata__" in stored:
@@ -531,9 +533,8 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     if twice:
         raise LawaError(f"{path} holds {twice[0]} with and without a wrapper's prefix; keep one")
     if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
-        wrapped = found
-        found = Checkpoint(path, dict(zip(bare, found.data.values(), strict=True)), found.metadata)
-        found.left_out, found.around = wrapped.left_out, wrapped.around
+        stored = dict(zip(bare, found.data.values(), strict=True))
+        found = Checkpoint(path, stored, found.metadata, found.left_out, found.put_back)
     scaled = {name.rpartition(".")[0] for name in found if SCALES.search(name)}
     for name, stored in found.data.items():
         if stored.shape == (0,):
@@ -615,13 +616,13 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
     if places and found != places:
         stale = next(name for name in (*places, *found) if places.get(name) != found.get(name))
         raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
-    whole = Checkpoint(path, {name: s for name, s in stored.items() if not is_buffer(name, s)},
-                       metadata)
+    buffers = [name for name, one in stored.items() if is_buffer(name, one)]
     others = [p.name for p in sorted(path.iterdir()) if p.name not in files and may_be_weights(p)
               and (is_checkpoint(p) if p.is_dir() else "-of-" not in p.name)]
-    whole.left_out = [f"{name} (a buffer)" for name in stored if name not in whole]
-    whole.left_out += [f"{name} (not the model's own file)" for name in others]
-    return whole
+    left_out = [f"{name} (a buffer)" for name in buffers]
+    left_out += [f"{name} (not the model's own file)" for name in others]
+    stored = {name: one for name, one in stored.items() if name not in buffers}
+    return Checkpoint(path, stored, metadata, left_out)
 
 
 def is_buffer(name: str, stored: Stored) -> bool:
@@ -706,18 +707,23 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         tree = dict(leaves(blob, path))
     tensors = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
     prefix, names, outside = weights_of(tensors, key, path)
-    found = from_memory({name: tree[place] for place, name in names.items()}, path)
     extra = {}  # what is no tensor among the weights, such as a module's extra state
     for place, value in tree.items():
         among = place[:len(prefix)] == prefix and (prefix or "_extra_state" in place[-1])
         if among and not isinstance(value, torch.Tensor):
             extra[".".join(place[len(prefix):])] = value
-    # for a .pt made of this one: what is beside the weights, but for other groups of tensors
+    # what is beside the weights, but for other groups of tensors
     groups = {place[0] for place in tensors if len(place) > 1 or place in names}
     rest = {name: value for name, value in blob.items()
             if str(name) not in groups and not NOT_WEIGHTS.search(str(name))}
-    found.around = rest, prefix, extra if prefix else {}
-    found.left_out = outside + [f"{name} (no tensor)" for name in extra]
+
+    def put_back(state):
+        state = state | extra if prefix else state
+        for name in reversed(prefix):  # current_model_state has become an average
+            state = {"state_dict" if name == "current_model_state" else name: state}
+        return rest | state
+    found = from_memory({name: tree[place] for place, name in names.items()}, path)
+    found.left_out, found.put_back = outside + [f"{name} (no tensor)" for name in extra], put_back
     if sidecar(path).exists():
         found.metadata["lawa"] = sidecar(path).read_text()
     return found
@@ -780,17 +786,6 @@ def weights_of(tensors, key: str | None, origin):
     return prefix, names, [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
 
 
-def put_back(state: dict, around: tuple) -> dict:
-    """An averaged state dict as the torch file it was read from kept it: among its other keys."""
-    rest, prefix, extra = around
-    if prefix == ("current_model_state",):  # it has become an average
-        prefix = ("state_dict",)
-    state = state | extra
-    for name in reversed(prefix):
-        state = {name: state}
-    return rest | state
-
-
 def from_memory(tensors: Mapping, origin) -> Checkpoint:
     """{name: torch tensor or numpy array} as a checkpoint, read where it lies, not copied.
 
@@ -836,37 +831,35 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
     """torch.distributed.checkpoint: pieces in .distcp files, put together a tensor at a time."""
     import torch
     import torch.distributed.checkpoint as dcp
+    tensors = {}  # {keys from the top, such as ("model", "wte.weight"): (name, what it is)}
     with explained(f"{folder}: not a readable distributed checkpoint"):
         index = unpickled_index(folder / ".metadata")
-        tensors = {name: info for name, info in index.state_dict_metadata.items()
-                   if hasattr(info, "chunks")}
-        paths = {name: tuple(map(str, (index.planner_data or {}).get(name, (name,))))
-                 for name in tensors}  # such as ("model", "wte.weight")
-        for name in tensors:
+        for name, info in index.state_dict_metadata.items():
+            keys = (index.planner_data or {}).get(name, (name,))
             if name.startswith("optimizer."):  # flat, among flat weights
-                paths[name] = tuple(name.split(".", 1))
-    _, own, outside = weights_of(list(paths.values()), key, folder)
+                keys = name.split(".", 1)
+            if hasattr(info, "chunks"):
+                tensors[tuple(map(str, keys))] = name, info
+    _, own, outside = weights_of(list(tensors), key, folder)
 
     held = {}  # the one tensor of which tile after tile is read
 
-    def read(name, start, stop):
+    def read(name, info, start, stop):
         tensor = held.get(name)
         if tensor is None:
             held.clear()
-            tensor = torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype)
+            tensor = torch.empty(info.size, dtype=info.properties.dtype)
             with explained(f"{folder}: cannot read {name}"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that this is one process
                 dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
             held[name] = tensor
         return read_tensor(tensor, start, stop)
     stored = {}
-    for name, path in paths.items():
-        if path in own:
-            info, reader = tensors[name], functools.partial(read, name)
-            stored[own[path]] = Stored(info.properties.dtype, info.size, folder, reader)
-    found = Checkpoint(folder, stored)
-    found.left_out = outside
-    return found
+    for keys, name in own.items():
+        _, info = tensors[keys]
+        reader = functools.partial(read, *tensors[keys])
+        stored[name] = Stored(info.properties.dtype, info.size, folder, reader)
+    return Checkpoint(folder, stored, left_out=outside)
 
 
 def unpickled_index(path: Path):
@@ -1639,7 +1632,7 @@ def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping
         state |= {name: state[kept] for name, kept in whole.ties.items()}
         # not to a path, which would be in the file's bytes
         with explained(f"cannot write {path}", JobFailed), open(part, "wb") as file:
-            torch.save(put_back(state, newest.around), file)
+            torch.save(newest.put_back(state), file)
         with replacing(sidecar(path)) as text:
             text.write_text(json.dumps(note, indent=1))
 
