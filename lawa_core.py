@@ -731,22 +731,17 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
 
 def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
+    import torch
     if len(set(map(str, tree))) < len(tree):
         raise LawaError(f"{origin} holds a name as text and as a number; rename one")
     for name, value in tree.items():
-        if isinstance(value, (list, tuple)) and holds_tensors(value):
+        inside = value if isinstance(value, (list, tuple)) else ()
+        if any(isinstance(one, (torch.Tensor, Mapping, list, tuple)) for one in inside):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
             yield from leaves(value, origin, (*above, str(name)))
         else:
             yield (*above, str(name)), value
-
-
-def holds_tensors(value) -> bool:
-    import torch
-    inside = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, torch.Tensor) or (
-        isinstance(value, (Mapping, list, tuple)) and any(map(holds_tensors, inside)))
 
 
 def weights_of(tensors, key: str | None, origin):
@@ -771,11 +766,10 @@ def weights_of(tensors, key: str | None, origin):
     if prefix is None:
         held = [f"{name} ({count} tensors)" for name, count in groups.items()]
         held += [place[0] for place in tensors if len(place) == 1][:6]
-        offer = [(name,) for name in known or others or groups]
-        offer += [place[:2] for place in tensors if len(place) > 2 and place[1] in NESTED]
         what = f"a state dict under {key!r}" if key is not None else f"one of {', '.join(NESTED)}"
+        offer = known or others or list(groups)
         if offer:
-            what += f"; say which with --key {'.'.join(offer[-1])}, or --key . for all"
+            what += f"; say which with --key {offer[-1]}, or --key . for all"
         raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}")
     names = {place: ".".join(place[len(prefix):]) for place in tensors
              if place[:len(prefix)] == prefix and (prefix or key == "." or len(place) == 1)}
