@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, pairwise, product
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -428,8 +428,8 @@ NOT_WEIGHTS = re.compile(r"""  # names of files, folders and groups of tensors
     """, re.IGNORECASE | re.VERBOSE)
 WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")  # torch.compile's and DDP's prefixes
 # One file of a model that was split over several.
-PART = re.compile(r"(?<![a-z])(?:rank|tp|pp|dp|fsdp|shard|part|layer|consolidated)[-_.]?(\d+)|"
-                  r"(\d+)-of-(?!0*1\b)\d+", re.IGNORECASE)
+PART = re.compile(r"(?<![a-z])(?:rank|tp|pp|dp|fsdp|shard|part|layer|consolidated)[-_.]?\d+|"
+                  r"\d+-of-(?!0*1\b)\d+", re.IGNORECASE)
 SCALES = re.compile(r"(scales?|scale_inv|SCB|absmax)$")  # of quantised weights
 STAMP = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of os.stat: changes when its file does
 
@@ -554,11 +554,10 @@ def whole_model(path: Path) -> None:
         raise LawaError(f"{path} is one of several parts of a model; give the folder with them "
                         "and their index")
     for level in (path, *path.parents[:2]):  # such as tp_rank_0/weights/model.pt
-        for found in filter(itemgetter(1), PART.finditer(level.name)):
-            before, after = level.name[:found.start(1)], level.name[found.end(1):]
+        rankless = PART.sub("#", level.name)
+        if rankless != level.name:
             for other in level.absolute().parent.iterdir():
-                rank = other.name.removeprefix(before).removesuffix(after)
-                if rank.isdigit() and other.name == before + rank + after != level.name:
+                if PART.sub("#", other.name) == rankless and other.name != level.name:
                     raise LawaError(
                         f"{level} is one rank's part of a model that was split, {other.name} is "
                         "another; put them together first with what trained it (for DeepSpeed its "
@@ -588,25 +587,20 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
 def open_hf(path: Path, key: str | None) -> Checkpoint:
     """A Hugging Face folder: of its weights those that transformers would load."""
     there = [name for name in WEIGHTS if (path / name).is_file()]
-    if not there:
-        raise LawaError(f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
-                        ".metadata in it")
-    problem = ""
+    problems = []
     for name in there:
         index, places, files = path / name, {}, [name]
-        if name.endswith(".index.json"):
-            with explained(f"{index}: corrupt index"):
+        with explained(f"{index}: corrupt index"):
+            if name.endswith(".index.json"):
                 places = dict(json.loads(index.read_text())["weight_map"].items())
                 files = sorted(set(places.values()))
-                lost = [file for file in files
-                        if Path(file).name != file or not (path / file).is_file()]
-            if lost:  # then a whole single file counts, if there is one
-                problem = problem or (f"{path}: missing shard {', '.join(lost)}, named in {name}; "
-                                      "fetch it again")
-                continue
-        break
+            lost = [f for f in files if Path(f).name != f or not (path / f).is_file()]
+        if not lost:
+            break  # else a whole single file counts, if there is one
+        problems.append(f"{path}: missing shard {', '.join(lost)}, named in {name}; fetch it again")
     else:
-        raise LawaError(problem)
+        refuse(problems or [f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
+                            ".metadata in it"])
     stored, metadata, found = {}, {}, {}
     for file in files:
         part = open_file(path / file, key)
