@@ -61,9 +61,10 @@ class JobFailed(LawaError):
 
 
 def refuse(problems) -> None:
-    """Raise all problems, if there are any, as one line."""
+    """Raise the problems, if there are any, as one line."""
     if problems:
-        raise LawaError("; ".join(problems))
+        more = f"; and {len(problems) - 6} more" * (len(problems) > 6)
+        raise LawaError("; ".join(problems[:6]) + more)
 
 
 @contextlib.contextmanager
@@ -529,9 +530,8 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     else:
         found = open_file(path, key)
     bare = [WRAPPERS.sub("", name) for name in found]
-    twice = [name for name, count in Counter(bare).items() if count > 1]
-    if twice:
-        raise LawaError(f"{path} holds {twice[0]} with and without a wrapper's prefix; keep one")
+    refuse([f"{path} holds {name} with and without a wrapper's prefix; keep one"
+            for name, count in Counter(bare).items() if count > 1])
     if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
         stored = dict(zip(bare, found.data.values(), strict=True))
         found = Checkpoint(path, stored, found.metadata, found.left_out, found.put_back)
@@ -762,9 +762,8 @@ def weights_of(tensors, key: str | None, origin):
         raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}")
     names = {place: ".".join(place[len(prefix):]) for place in tensors
              if place[:len(prefix)] == prefix and (prefix or key == "." or len(place) == 1)}
-    for name, count in Counter(names.values()).items():
-        if count > 1:
-            raise LawaError(f"{origin} holds {name} as one name and as nested ones; rename one")
+    refuse([f"{origin} holds {name} as one name and as nested ones; rename one"
+            for name, count in Counter(names.values()).items() if count > 1])
     outside = Counter(place[0] for place in tensors if place not in names)
     return prefix, names, [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
 
@@ -1143,9 +1142,7 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
             paths = [path for path in found if weights_in(path)]
     else:
         name, paths = "the list", [Path(path) for path in source]
-        for path in paths:
-            if not path.exists():
-                raise LawaError(f"no such checkpoint: {path}")
+        refuse([f"no such checkpoint: {path}" for path in paths if not path.exists()])
     if not paths:
         raise LawaError(f"no checkpoints in {source}; expected files such as "
                         f"{checkpoint_name(1000)} or folders such as step1000/")
@@ -1207,18 +1204,12 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
     if named and not (is_checkpoint(folder) and own in named.values()):
         blank = functools.partial(re.sub, r"\d[\d.,]*(?:e\+?\d+)?[a-zA-Z]?(?![a-zA-Z])", "0")
         shapes = {blank(path.name) for path in named}
-        for name in over:
-            if blank(name) in shapes:
-                raise LawaError(f"{folder / name} is named as those that have a step, but has none;"
-                                r" give a list with --steps, or --step-regex 'name_(\d+)'")
+        refuse([f"{folder / name} is named as those that have a step, but has none; give a list "
+                r"with --steps, or --step-regex 'name_(\d+)'"
+                for name in over if blank(name) in shapes])
         return list(named), over
     inside = weights_in(folder)
-    if inside:
-        return [inside], []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in FOREIGN:
-            open_file(path, None)  # which says what to do with it
-    return [], over
+    return ([inside], []) if inside else ([], over)
 
 
 def may_be_weights(path: Path) -> bool:
@@ -1240,10 +1231,8 @@ def weights_in(path: Path, depth: int = 2) -> Path | None:
         return None
     if path.is_file() or is_checkpoint(path):
         return path
-    found = [p for p in sorted(path.iterdir()) if p.is_file() and may_be_weights(p)]
-    if depth:
-        found += [below for p in sorted(path.iterdir()) if p.is_dir()
-                  and (below := weights_in(p, depth - 1))]
+    inside = [weights_in(p, depth - 1) for p in sorted(path.iterdir()) if depth or p.is_file()]
+    found = [weights for weights in inside if weights]
     # of the parts of a split model the first is taken, and refused when it is opened
     if len({PART.sub("", str(f)) for f in found}) > 1:
         names = [str(f.relative_to(path)) for f in found]
@@ -1753,9 +1742,8 @@ def live_state(model) -> dict:
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
                if isinstance(tensor, torch.Tensor)}  # what get_extra_state gives may be anything
-    for name, tensor in tensors.items():
-        if tensor.is_complex():
-            raise LawaError(f"{name} is complex, which is not averaged; keep two real tensors")
+    refuse([f"{name} is complex, which is not averaged; keep two real tensors"
+            for name, tensor in tensors.items() if tensor.is_complex()])
     return tensors
 
 
