@@ -1150,8 +1150,7 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         of_one = isinstance(source, (str, os.PathLike)) and not Path(source).is_file()
         if of_one or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
             raise LawaError("--steps gives a step of at least 0 for each path of a list, without "
-                            f"--step-regex; got {some(steps)} for "
-                            f"{source if of_one else f'{len(paths)} paths'}")
+                            f"--step-regex; got {some(steps)} for {len(paths)} in {name}")
         readings = [("", [int(step)]) for step in steps]
     elif len(paths) == 1 and step_regex is None:
         step = step_of(paths[0])
@@ -1981,11 +1980,15 @@ and averages among the inputs are refused (--allow). An output appears when it i
 job begins anew. Exit status: 0 done, 1 the job failed or inspect found problems, 2 bad usage or
 input, 130 interrupted."""
 
+def whole_numbers(text: str) -> list[int]:
+    return [int(word) for word in text.replace(",", " ").split()]
+
+
 INPUTS = {
     "inputs": {"nargs": "+", "metavar": "CKPT", "help": "checkpoints, or a folder or glob of them"},
     "--key": {"help": "where a nested .pt holds its weights, as a.b; . for all (default: model, "
                       "state_dict, ...)"},
-    "--steps": {"help": "the steps of the inputs, in their order, as 100,200,300"},
+    "--steps": {"type": whole_numbers, "help": "the steps of the inputs, in order, as 100,200,300"},
     "--step-regex": {"help": r"where a path has its step, as 'name_(\d+)'"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
 }
@@ -2121,17 +2124,9 @@ def validation(command: str, pattern: str | None = None) -> Callable[[dict], lis
     return evaluate
 
 
-def whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.replace(",", " ").split()]
-    except ValueError:
-        raise LawaError(f"--steps must be like 100,200,300, got {text!r}") from None
-
-
 def run(args) -> dict:
     source = args.inputs[0] if len(args.inputs) == 1 else args.inputs
-    steps = None if args.steps is None else whole_numbers(args.steps)
-    trajectory = open_trajectory(source, args.key, steps=steps, step_regex=args.step_regex)
+    trajectory = open_trajectory(source, args.key, steps=args.steps, step_regex=args.step_regex)
     if args.command == "inspect":
         return inspect(trajectory)
     if args.command == "search":
