@@ -18,7 +18,6 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
@@ -410,8 +409,6 @@ FOREIGN = {  # what is not read: how to make of it what is
     ".distcp": "give the folder that it lies in",
     ".index.json": "give the folder that it lies in",
 }
-SLIPS = (  # endings that are no folder's
-    ".json", ".zip", ".pkl", ".pickle", ".th", ".t7", ".gz", ".bak", ".pdparams")
 # The weights of a Hugging Face folder, in the order in which transformers looks for them.
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json",
@@ -1530,14 +1527,12 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         raise LawaError(f"--like must be a folder with a config.json, got {like}")
     like = Path(like or last.path)
     config_of(like)  # refuses a broken one
-    report, plans = [], []
-    for path, (scheme, at), this in zip(map(Path, outputs), outputs.values(), rows, strict=True):
+    paths, report, plans = list(map(Path, outputs)), [], []
+    for path, (scheme, at), this in zip(paths, outputs.values(), rows, strict=True):
         if inputs & {path.resolve(), *path.resolve().parents}:
             raise LawaError(f"{path} is an input; choose another output")
-        end = path.suffix.lower()
-        if path.suffix not in SUFFIXES and (
-                end.strip() in (*SUFFIXES, *FOREIGN, *SLIPS)
-                or difflib.get_close_matches(end, SUFFIXES[:1])):
+        # a slip makes no folder, whose name may have a number behind its dot
+        if path.suffix not in SUFFIXES and re.match(r"\.[a-z]", path.suffix, re.IGNORECASE):
             raise LawaError(f"{path}: {path.suffix} is not written; expected .safetensors, .pt, or "
                             "the name of a new folder")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
@@ -1551,7 +1546,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         plans.append(plan_file(wanted, ties, {"lawa": json.dumps(note)}))
         report.append({"path": str(path), "bytes": plans[-1][2], **note})
     total = sum(size for _, _, size in plans)
-    parent = next(parent for parent in Path(report[0]["path"]).resolve().parents if parent.exists())
+    parent = next(parent for parent in paths[0].resolve().parents if parent.exists())
     if total > (free := shutil.disk_usage(parent).free):
         raise JobFailed(f"disk full: {total:,} bytes are needed in {parent}, {free:,} are free")
     files = []
@@ -1561,8 +1556,8 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         while done < len(data):
             done += os.pwrite(files[m].fileno(), data[done:], place + done)
     with contextlib.ExitStack() as stack:  # on leaving, the hidden names become the outputs'
-        stack.enter_context(sole_writer(min(map(Path, outputs))))
-        for path, (header, _, size) in zip(map(Path, outputs), plans, strict=True):
+        stack.enter_context(sole_writer(min(paths)))
+        for path, (header, _, size) in zip(paths, plans, strict=True):
             remove_left_parts(path)  # large ones, which else nobody would see
             part = stack.enter_context(replacing(path))
             if path.suffix not in SUFFIXES:
@@ -1575,7 +1570,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
             files[-1].truncate(size)
             os.pwrite(files[-1].fileno(), header, 0)
         mix(opened, rows, wanted, write, allow=allow, threads=threads, tile=tile, progress=progress)
-        for path, file, output in zip(map(Path, outputs), files, report, strict=True):
+        for path, file, output in zip(paths, files, report, strict=True):
             finish(path, Path(file.name), like, last, output)
     return {"outputs": report, "left_out": last.left_out,
             "passed_over": list(trajectory.passed_over),
@@ -2109,13 +2104,11 @@ def validation(command: str, pattern: str | None = None) -> Callable[[dict], lis
             said = (done.stderr or done.stdout).strip()[-200:]
             raise JobFailed(f"the validation command exited with {done.returncode} and printed "
                             f"{said!r}")
-        told = last.replace(",", " ").split()
+        told, losses = last.replace(",", " ").split(), []
         if pattern:
-            told = re.findall(f"(?:{pattern})", done.stdout)[-1:]
-        try:
-            losses = [float(word[0] if isinstance(word, tuple) else word) for word in told]
-        except ValueError:
-            losses = []
+            told = [match[1] for match in re.finditer(pattern, done.stdout)][-1:]
+        with contextlib.suppress(ValueError, TypeError):  # words, a group that is not there
+            losses = [float(word) for word in told]
         if not losses:
             raise JobFailed(f"the validation command's last line is {last[-200:]!r}; expected a "
                             "loss, or one per block, and nothing else; or say where it is with "
