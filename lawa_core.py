@@ -399,15 +399,12 @@ DTYPES = {
 CODES = {f"torch.{name}": code for code, (_, name) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")  # averaged; all others are copied from the newest checkpoint
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last as in .pth.tar
-FOREIGN = {  # what is not read: how to make of it what is
-    ".gguf": "it is quantised: average the checkpoints it was made from",
-    ".npz": "save its arrays with safetensors.numpy.save_file",
-    ".h5": "load it with from_pretrained(..., from_tf=True) of transformers 4 and save that",
-    ".msgpack": "load it with from_pretrained(..., from_flax=True) of transformers 4 and save that",
-    ".onnx": "average the checkpoints it was exported from",
-    "optim_states.pt": "it is DeepSpeed's optimizer; its zero_to_fp32.py makes a model of all",
-    ".distcp": "give the folder that it lies in",
-    ".index.json": "give the folder that it lies in",
+FOREIGN = {  # endings of what is not read: how to make of it what is
+    (".gguf", ".onnx"): "average the checkpoints it was made from",
+    (".npz",): "save its arrays with safetensors.numpy.save_file",
+    (".h5", ".msgpack"): "load it with from_tf or from_flax in transformers 4 and save that",
+    ("optim_states.pt",): "it is DeepSpeed's optimizer; its zero_to_fp32.py makes a model of all",
+    (".distcp", ".index.json"): "give the folder that it lies in",
 }
 # The weights of a Hugging Face folder, in the order in which transformers looks for them.
 WEIGHTS = (
@@ -572,12 +569,11 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
         if key not in (None, "."):
             raise LawaError(f"{path} has no keys to choose from, got --key {key}; leave it out")
         return open_safetensors(path)
-    for end, advice in FOREIGN.items():
-        if path.name.lower().endswith(end):
-            raise LawaError(f"{path}: {end} is not read; {advice}")
+    for ends, advice in FOREIGN.items():
+        if path.name.lower().endswith(ends):
+            raise LawaError(f"{path} is not read; {advice}")
     if path.suffix not in SUFFIXES:
-        raise LawaError(f"{path}: unknown kind of file; expected a name that ends in one of "
-                        f"{', '.join(SUFFIXES)}")
+        raise LawaError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
     return open_torch(path, key)
 
 
@@ -942,8 +938,7 @@ def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> N
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise LawaError(f"{path}: unknown kind of file; expected a name that ends in one of "
-                        f"{', '.join(SUFFIXES)}")
+        raise LawaError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix != ".safetensors":
             import torch
