@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import dataclasses
 import functools
 import glob
 import hashlib
@@ -38,7 +37,7 @@ import zipfile
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, product
 from operator import attrgetter
 from pathlib import Path
@@ -199,14 +198,10 @@ class ema(Scheme):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.beta is None) == (self.half_life is None):
-            raise LawaError(f"ema takes either beta or half_life, got {self.beta} and "
-                            f"{self.half_life}")
-        if self.beta is not None and not 0 <= self.beta < 1:
-            raise LawaError(f"beta must be in [0, 1), got {self.beta!r}")
-        if self.beta is None and not 0 < self.half(100) < math.inf:
-            raise LawaError(f"half_life must be above 0, such as 500 (steps) or 5% (of the steps "
-                            f"so far), got {self.half_life!r}")
+        good = 0 < self.half(100) < math.inf if self.beta is None else 0 <= self.beta < 1
+        if not good or None not in (self.beta, self.half_life):
+            raise LawaError("ema takes a beta in [0, 1) or a half_life above 0, as 500 (steps) or "
+                            f"5% (of the steps so far), got {self.beta!r} and {self.half_life!r}")
 
     def half(self, at: int) -> float:
         """The half-life in steps of the average at step `at`."""
@@ -300,7 +295,9 @@ SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay,
 
 def parse_scheme(text: str):
     """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, not run."""
-    try:
+    with explained(f"scheme {text!r} not understood; expected one like lawa(k=5, spacing=100), "
+                   "swa(start=0, every=10), ema(beta=0.99), ema(half_life=5%), decay(window=1000, "
+                   "shape='1-sqrt'), explicit([0.2, 0.8]), newest"):
         shares = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # no Python
         call = ast.parse(shares, mode="eval").body
         if not isinstance(call, ast.Call):
@@ -308,13 +305,6 @@ def parse_scheme(text: str):
         args = [ast.literal_eval(arg) for arg in call.args]
         keywords = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
         return SCHEMES[call.func.id](*args, **keywords)
-    except LawaError as error:
-        raise LawaError(f"scheme {text!r}: {error}") from None
-    except (SyntaxError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LawaError(f"scheme {text!r} not understood ({error}); expected one like lawa(k=5, "
-                        "spacing=100), swa(start=0, every=10), ema(beta=0.99), ema(half_life=5%), "
-                        "decay(window=1000, shape='1-sqrt'), explicit([0.2, 0.8]), newest"
-                        ) from None
 
 
 def scheme_dir(text: str) -> str:
@@ -2037,7 +2027,7 @@ def schemes_of(args) -> dict[str, Callable]:
             steps = {d: tokens(n, args.tokens_per_step) for d, n in given.items() if n}
             if isinstance(half := getattr(scheme, "half_life", None), (int, float)):
                 steps["half_life"] = half / args.tokens_per_step
-            schemes[name] = dataclasses.replace(scheme, **steps)
+            schemes[name] = replace(scheme, **steps)
     if args.blend is not None:
         if not math.isfinite(args.blend):
             raise LawaError(f"--blend is the average's share, such as 0.5, got {args.blend}")
