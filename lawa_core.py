@@ -299,9 +299,7 @@ def parse_scheme(text: str):
                    "swa(start=0, every=10), ema(beta=0.99), ema(half_life=5%), decay(window=1000, "
                    "shape='1-sqrt'), explicit([0.2, 0.8]), newest"):
         shares = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # no Python
-        call = ast.parse(shares, mode="eval").body
-        if not isinstance(call, ast.Call):
-            return SCHEMES[call.id]()
+        call = ast.parse(shares if "(" in shares else f"{shares}()", mode="eval").body
         args = [ast.literal_eval(arg) for arg in call.args]
         keywords = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
         return SCHEMES[call.func.id](*args, **keywords)
@@ -630,23 +628,18 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors."""
     known, stored = STAMP(os.stat(path)), {}
     size = known[1]
-    with open(path, "rb") as file, explained(f"{path}: corrupt safetensors header; copy it again"):
-        base = 8 + int.from_bytes(file.read(8).ljust(8, b"\xff"), "little")
-        if base > size:
-            raise LawaError(f"{path} is truncated or no safetensors file: {size} bytes, expected "
-                            f"a header of {base}")
-        header = json.loads(file.read(base - 8))
+    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again"),
+          open(path, "rb") as file):
+        base = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(base - 8, size)))
         metadata = header.pop("__metadata__", {})
         for name, info in header.items():
             start, stop = info["data_offsets"]
             whole = all(type(n) is int and n >= 0 for n in (*info["shape"], start))
             read = functools.partial(read_file, path, known, base + start)
             stored[name] = Stored(info["dtype"], info["shape"], path, read)
-            if not whole or stop - start != stored[name].nbytes:
-                raise ValueError(f"{name!r}: type, shape and offsets disagree")
-            if base + stop > size:
-                raise LawaError(f"{path} is truncated: its header promises {base + stop} bytes, "
-                                f"there are {size}; copy it again")
+            if not whole or stop - start != stored[name].nbytes or base + stop > size:
+                raise ValueError(f"{name!r}: type, shape, offsets and the file's size disagree")
         # ours, and those of safetensors.torch.save_model, {name left out: name kept}
         ties = {name: kept for name, kept in metadata.items() if "." in name}
         with contextlib.suppress(ValueError, TypeError):
@@ -1203,10 +1196,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def weights_in(path: Path, depth: int = 2) -> Path | None:
-    """The one checkpoint that a path is or a folder holds, up to `depth` folders below; or None.
-
-    Errors: LawaError for several.
-    """
+    """The one checkpoint that a path is or holds, up to `depth` folders below; or None."""
     if not may_be_weights(path) or not path.exists():
         return None
     if path.is_file() or is_checkpoint(path):
@@ -1239,10 +1229,8 @@ def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
 
 def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Checkpoint], list[str]]:
     """The checkpoints that can be opened, and what is wrong with them as a set, a line each."""
-    unknown = sorted(set(allow) - set(ALLOW))
-    if unknown:
-        raise LawaError(f"unknown permission {', '.join(unknown)}; expected some of "
-                        f"{', '.join(ALLOW)}")
+    refuse([f"unknown permission {name}; expected some of {', '.join(ALLOW)}"
+            for name in sorted(set(allow) - set(ALLOW))])
     opened, problems, first = {}, [], {}
     for step in sorted(steps):
         try:
@@ -2019,8 +2007,8 @@ def schemes_of(args) -> dict[str, Callable]:
     schemes = {name: parse_scheme(text) for name, text in texts.items()} or {"mean": swa()}
     if args.tokens_per_step is not None:
         for name, scheme in schemes.items():
-            given = {d: getattr(scheme, d, None) for d in ("spacing", "start", "every", "window")}
-            steps = {d: tokens(n, args.tokens_per_step) for d, n in given.items() if n}
+            steps = {field: tokens(n, args.tokens_per_step) for field, n in vars(scheme).items()
+                     if n and field in ("spacing", "start", "every", "window")}
             if isinstance(half := getattr(scheme, "half_life", None), (int, float)):
                 steps["half_life"] = half / args.tokens_per_step
             schemes[name] = replace(scheme, **steps)
