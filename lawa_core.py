@@ -1054,15 +1054,12 @@ def step_of(path) -> int | None:
 
 
 class Trajectory:
-    """The checkpoints of one run in order: `steps` ascending, `trajectory[step]` opens one.
-
-    `sources` maps a step to a path, or to a function that opens its checkpoint wherever it is.
-    """
+    """The checkpoints of one run, {step: path}: `steps` ascending, `trajectory[step]` opens one."""
     allow: tuple | list = ()  # some of ALLOW
     passed_over: list | tuple = ()  # names in the run folder that name no step, or hold no weights
     notes: list | tuple = ()  # what is known of these checkpoints besides, for `inspect`
 
-    def __init__(self, sources: Mapping[int, Path | Callable], name="the list", key=None):
+    def __init__(self, sources: Mapping[int, Path], name="the list", key=None):
         self.sources, self.name, self.key = dict(sorted(sources.items())), name, key
         self.steps = list(self.sources)
 
@@ -1073,8 +1070,7 @@ class Trajectory:
         if step not in self.sources:
             raise LawaError(f"no checkpoint at step {step} in {self.name}; there are "
                             f"{some(self.steps)}")
-        source = self.sources[step]
-        return source() if callable(source) else open_checkpoint(source, self.key)
+        return open_checkpoint(self.sources[step], self.key)
 
     def expect(self, steps) -> None:
         """A hook: these steps will be asked for, in order; what is far can be fetched ahead."""
@@ -1491,7 +1487,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     for name, stored in wanted.items():
         if dtype and stored.dtype in FLOATS:
             wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
-    inputs = {Path(path).resolve() for path in trajectory.sources.values() if not callable(path)}
+    inputs = {Path(path).resolve() for path in trajectory.sources.values()}
     last = opened[max(opened)]
     if like is not None and not Path(like).is_dir():
         raise LawaError(f"--like must be a folder with a config.json, got {like}")
@@ -1710,11 +1706,6 @@ def live_state(model) -> dict:
     return tensors
 
 
-def bare_name(name: str) -> str:
-    """A tensor's name without what compiling a part of the model puts into it."""
-    return name.replace("_orig_mod.", "")
-
-
 def copied(tree, devices: Mapping | None = None):
     """A deep copy of nested dicts of tensors; devices: {name of a tensor: where to}."""
     copy = {}
@@ -1738,10 +1729,11 @@ class Online:
         self.model, self.every, self.start, self.held = model, every, start, held
 
     def live(self) -> dict:
-        """{bare name: the model's tensor}, tied ones once."""
+        """{name: the model's tensor}, tied ones once, without what compiling a part puts in."""
         tensors = live_state(self.model)
         first = first_names(tensors)
-        return {bare_name(name): tensors[name] for name in tensors if first[name] == name}
+        return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()
+                if first[name] == name}
 
     def update(self, step: int) -> None:
         """Call after every optimizer.step() with the number of steps done.
@@ -1757,7 +1749,7 @@ class Online:
     def average(self, *which) -> dict:
         """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
         averaged, first = self.averaged(*which), first_names(live_state(self.model))
-        return {name: averaged[bare_name(kept)] for name, kept in first.items()}
+        return {name: averaged[kept.replace("_orig_mod.", "")] for name, kept in first.items()}
 
     @contextlib.contextmanager
     def swapped(self, *which):
@@ -1950,8 +1942,7 @@ def whole_numbers(text: str) -> list[int]:
 
 INPUTS = {
     "inputs": {"nargs": "+", "metavar": "CKPT", "help": "checkpoints, or a folder or glob of them"},
-    "--key": {"help": "where a nested .pt holds its weights, as a.b; . for all (default: model, "
-                      "state_dict, ...)"},
+    "--key": {"help": "where a .pt holds its weights, as a.b; . for all (default: model, ...)"},
     "--steps": {"type": whole_numbers, "help": "the steps of the inputs, in order, as 100,200,300"},
     "--step-regex": {"help": r"where a path has its step, as 'name_(\d+)'"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
