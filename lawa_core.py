@@ -393,12 +393,10 @@ FOREIGN = {  # endings of what is not read: how to make of it what is
     (".distcp", ".index.json"): "give the folder that it lies in",
 }
 # The weights of a Hugging Face folder, in the order in which transformers looks for them.
-WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "adapter_model.safetensors", "adapter_model.bin",
-    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.bin")
+WEIGHTS = [f"{name}{end}" for name in (
+    "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+) for end in ("", ".index.json")]
 COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe", "vocab*",
           "merges*")  # beside the weights
 NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
@@ -916,8 +914,7 @@ def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> N
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix != ".safetensors":
             import torch
-            state = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-                     for name, value in tensors.items()}
+            state = {name: torch.as_tensor(value) for name, value in tensors.items()}
             with explained(f"cannot write {path}", JobFailed):
                 torch.save(state, file)
             return
