@@ -1728,12 +1728,17 @@ class Online:
         self.expect_own_weights()
         due = step >= self.start and (step - self.start) % self.every == 0
         if due and step > self.held.get("step", -1):
-            self.take(step, self.live())
-            self.held["step"] = step
+            live = self.live()
+            floats = {name: t for name, t in live.items() if t.is_floating_point()}
+            others = {name: t.to(self.place or t.device, copy=True) for name, t in live.items()
+                      if name not in floats}  # of which an average keeps the newest
+            self.take(step, floats)
+            self.held |= {"step": step, "others": others}
 
     def average(self, *which) -> dict:
         """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
-        averaged, first = self.averaged(*which), first_names(live_state(self.model))
+        averaged = self.averaged(*which) | copied(self.held.get("others", {}))
+        first = first_names(live_state(self.model))
         return {name: averaged[kept.replace("_orig_mod.", "")] for name, kept in first.items()}
 
     @contextlib.contextmanager
@@ -1741,7 +1746,7 @@ class Online:
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
         self.expect_own_weights()
-        live, averaged = self.live(), self.averaged(*which)
+        live, averaged = self.live(), self.averaged(*which) | self.held.get("others", {})
         weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
         self.inside = True
         with torch.no_grad():
@@ -1791,14 +1796,14 @@ class LAWA(Online):
         positive(k=k)
         self.k = k
 
-    def take(self, step, live):
+    def take(self, step, floats):
         import torch
         window, oldest = self.held["window"], {}
         while len(window) >= self.k:
             oldest = window.pop(min(window))
-        if {n: t.dtype for n, t in oldest.items()} != {n: t.dtype for n, t in live.items()}:
-            oldest = {name: torch.empty_like(tensor, device="cpu") for name, tensor in live.items()}
-        torch._foreach_copy_(list(oldest.values()), list(live.values()))  # its memory is used again
+        if {n: t.dtype for n, t in oldest.items()} != {n: t.dtype for n, t in floats.items()}:
+            oldest = {name: torch.empty_like(t, device="cpu") for name, t in floats.items()}
+        torch._foreach_copy_(list(oldest.values()), list(floats.values()))  # its memory again
         window[step] = oldest
 
     def averaged(self):
@@ -1818,16 +1823,15 @@ class EMA(Online):
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
-        super().__init__(model, every, start, shadows={}, others={})
+        super().__init__(model, every, start, shadows={})
         self.betas, self.dtype = tuple(map(float, np.atleast_1d(betas))), dtype
         if not self.betas:
             raise LawaError("expected one beta or more, got none")
         for beta in self.betas:
             ema(beta)  # refuses a beta outside [0, 1)
 
-    def take(self, step, live):
+    def take(self, step, floats):
         import torch
-        floats, self.held["others"] = parted(live)
         least = self.dtype or torch.float32
         values = [t.to(torch.promote_types(t.dtype, least)) for t in floats.values()]
         for beta in self.betas:
@@ -1842,8 +1846,7 @@ class EMA(Online):
         if beta not in self.held["shadows"]:
             raise LawaError(f"no average for beta {beta} of {self.betas}; call update(step) first")
         live, shadow = self.live(), self.held["shadows"][beta]
-        means = {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()}
-        return means | copied(self.held["others"])
+        return {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()}
 
     def load_state_dict(self, state):
         betas = tuple(state["held"]["shadows"]) if state.get("kind") == "EMA" else ()
@@ -1857,10 +1860,9 @@ class SWA(Online):
     for float64 in two doubles."""
 
     def __init__(self, model, start: int = 0, every: int = 1):
-        super().__init__(model, every, start, count=0, sums={}, lost={}, others={})
+        super().__init__(model, every, start, count=0, sums={}, lost={})
 
-    def take(self, step, live):
-        floats, self.held["others"] = parted(live)
+    def take(self, step, floats):
         sums, lost = self.held["sums"], self.held["lost"]
         for name, tensor in floats.items():
             value, before = tensor.double(), sums.get(name, 0.0)
@@ -1873,17 +1875,11 @@ class SWA(Online):
     def averaged(self):
         if not self.held["count"]:
             raise LawaError("nothing averaged yet: call update(step) from step `start` on")
-        live, means = self.live(), copied(self.held["others"])
+        live, means = self.live(), {}
         for name, total in self.held["sums"].items():
             exact = total + self.held["lost"].get(name, 0.0)
             means[name] = (exact / self.held["count"]).to(live[name].dtype)
         return means
-
-
-def parted(live: Mapping) -> tuple[dict, dict]:
-    """(floating-point tensors, copies of the others, of which an average keeps the newest)."""
-    floats = {name: tensor for name, tensor in live.items() if tensor.is_floating_point()}
-    return floats, {name: tensor.clone() for name, tensor in live.items() if name not in floats}
 
 
 # ---- 9. Command line -----------------------------------------------------------------------------
