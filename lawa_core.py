@@ -661,11 +661,10 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         tree = dict(leaves(blob))
     tensors = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
     prefix, names, outside = weights_of(tensors, key, path)
-    extra = {}  # what is no tensor among the weights, such as a module's extra state
-    for place, value in tree.items():
-        among = place[:len(prefix)] == prefix and (prefix or "_extra_state" in place[-1])
-        if among and not isinstance(value, torch.Tensor):
-            extra[".".join(place[len(prefix):])] = value
+    # what is no tensor among the weights, such as a module's extra state
+    extra = {".".join(place[len(prefix):]): value for place, value in tree.items()
+             if place[:len(prefix)] == prefix and not isinstance(value, torch.Tensor)
+             and (prefix or "_extra_state" in place[-1])}
     # what is beside the weights, but for other groups of tensors
     groups = {place[0] for place in tensors if len(place) > 1 or place in names}
     rest = {name: value for name, value in blob.items()
@@ -872,9 +871,7 @@ def sole_writer(path: Path):
 @contextlib.contextmanager
 def replacing(path) -> Iterator[Path]:
     """A hidden name beside `path` to write a file or folder to: renamed to `path` on success,
-    removed on failure, so that nothing half-written is ever seen.
-
-    Errors: JobFailed, naming `path`, where the system refuses (disk full, no permission).
+    removed on failure, so that nothing half-written is ever seen. JobFailed if the system refuses.
     """
     path = Path(path)
     part = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.part"
@@ -1228,8 +1225,8 @@ def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Check
                                 "is a wrong file; leave it out (or --allow duplicates)")
     averages = [str(c.path) for c in opened.values() if "lawa" in c.metadata]
     if "averages" not in allow and 0 < len(averages) < len(opened):
-        problems.append(f"{', '.join(averages)} already an average, says its header, among "
-                        "checkpoints that are none; leave it out (or --allow averages)")
+        problems.append(f"{', '.join(averages)} already an average, among checkpoints that are "
+                        "none; leave it out (or --allow averages)")
     return opened, problems
 
 
