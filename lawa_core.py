@@ -658,7 +658,7 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
-        tree = dict(leaves(blob))
+        tree = dict(leaves(blob, path))
     tensors = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
     prefix, names, outside = weights_of(tensors, key, path)
     # what is no tensor among the weights, such as a module's extra state
@@ -682,17 +682,17 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     return found
 
 
-def leaves(tree: Mapping, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
+def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
     import torch
     if len(set(map(str, tree))) < len(tree):
-        raise ValueError("it holds a name as text and as a number; rename one")
+        raise LawaError(f"{origin} holds a name as text and as a number; rename one")
     for name, value in tree.items():
         inside = value if isinstance(value, (list, tuple)) else ()
         if any(isinstance(one, (torch.Tensor, Mapping, list, tuple)) for one in inside):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
-            yield from leaves(value, (*above, str(name)))
+            yield from leaves(value, origin, (*above, str(name)))
         else:
             yield (*above, str(name)), value
 
@@ -2036,16 +2036,18 @@ def validation(command: str, pattern: str | None = None) -> Callable[[dict], lis
             done = subprocess.run(filled, capture_output=True, text=True, errors="replace")
         last = (done.stdout.strip().splitlines() or [""])[-1]
         if done.returncode:
+            said = (done.stderr or done.stdout).strip()[-200:]
             raise JobFailed(f"the validation command exited with {done.returncode} and printed "
-                            f"{(done.stderr or done.stdout).strip()[-200:]!r}")
+                            f"{said!r}")
         told, losses = last.replace(",", " ").split(), []
         if pattern:
             told = [match[1] for match in re.finditer(pattern, done.stdout)][-1:]
         with contextlib.suppress(ValueError, TypeError):  # words, a group that is not there
             losses = [float(word) for word in told]
         if not losses:
-            raise JobFailed(f"the validation command's last line is {last[-200:]!r}; expected one "
-                            "loss or one per block, no words, or a --pattern 'val loss (\\S+)'")
+            raise JobFailed(f"the validation command's last line is {last[-200:]!r}; expected a "
+                            "loss, or one per block, and nothing else; or say where it is with "
+                            "--pattern 'val loss (\\S+)'")
         return losses
     return evaluate
 
