@@ -131,8 +131,9 @@ def latest(steps, at: int, start: int, every: int | None, anchor: int, k: int = 
     wanted = list(range(have[0] + (anchor - have[0]) % every, at + 1, every))[-k:]
     missing = sorted(set(wanted) - set(have))
     if missing:
-        raise LawaError(f"no checkpoint at step {missing[0]}, which spacing {every} needs at step "
-                        f"{at}; there are {some(have)}; use a multiple of their interval")
+        raise LawaError(f"no checkpoint at step {missing[0]}, which an average at step {at} with "
+                        f"spacing {every} needs; there are {some(have)}; use a spacing that is a "
+                        "multiple of the checkpoint interval")
     return wanted
 
 
@@ -294,8 +295,9 @@ SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay,
 
 def parse_scheme(text: str):
     """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, not run."""
-    with explained(f"scheme {text!r} not understood; expected {', '.join(SCHEMES)}, as in "
-                   "lawa(k=5, spacing=100), ema(half_life=5%), explicit([0.2, 0.8])"):
+    with explained(f"scheme {text!r} not understood; expected one like lawa(k=5, spacing=100), "
+                   "swa(start=0, every=10), ema(beta=0.99), ema(half_life=5%), decay(window=1000, "
+                   "shape='1-sqrt'), explicit([0.2, 0.8]), newest"):
         shares = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # no Python
         call = ast.parse(shares if "(" in shares else f"{shares}()", mode="eval").body
         args = [ast.literal_eval(arg) for arg in call.args]
@@ -513,7 +515,8 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
     for name, stored in found.data.items():
         if stored.shape == (0,):
             raise LawaError(f"{path}: {name} has shape [0], a placeholder of sharded training; put "
-                            "the model together first (zero_to_fp32.py, FSDP's full state dict)")
+                            "the model together first (DeepSpeed: zero_to_fp32.py; FSDP: save the "
+                            "full state dict)")
         integer = stored.dtype not in (*FLOATS, "BOOL", "I64") and len(stored.shape) > 1
         if integer and scaled & {name, name.rpartition(".")[0]}:
             raise LawaError(f"{path}: {name} is quantised ({stored.dtype} with scales beside it), "
@@ -531,8 +534,10 @@ def whole_model(path: Path) -> None:
         if rankless != level.name:
             for other in level.absolute().parent.iterdir():
                 if PART.sub("#", other.name) == rankless and other.name != level.name:
-                    raise LawaError(f"{level} is one rank's part of a split model, {other.name} is "
-                                    "another; put them together first (DeepSpeed: zero_to_fp32.py)")
+                    raise LawaError(
+                        f"{level} is one rank's part of a model that was split, {other.name} is "
+                        "another; put them together first with what trained it (for DeepSpeed its "
+                        "zero_to_fp32.py)")
         if read_name(level.name)[0]:  # the step's own folder or file
             return
 
@@ -1118,8 +1123,9 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         for path, (kind, found) in zip(paths, readings, strict=True):
             words = " or ".join(map(str, found)) or "none"
             told.append(f"{Path(*path.parts[-2:])} {words} {kind}".rstrip())
-        raise LawaError(f"cannot tell the steps of {name}, read: {some(told)}; give them with "
-                        r"--steps 100,200 for a list of paths, or --step-regex 'name_(\d+)'")
+        raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
+                        f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
+                        r"list of paths in their order, or --step-regex 'name_(\d+)'")
     found = {}
     for (_, (step,)), path in zip(readings, paths, strict=True):
         if step in found and not (path.exists() and path.samefile(found[step])):
@@ -1158,7 +1164,8 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
         blank = functools.partial(re.sub, r"\d[\d.,]*(?:e\+?\d+)?[a-zA-Z]?(?![a-zA-Z])", "0")
         shapes = {blank(path.name) for path in named}
         refuse([f"{folder / name} is named as those that have a step, but has none; give a list "
-                "with --steps, or a --step-regex" for name in over if blank(name) in shapes])
+                r"with --steps, or --step-regex 'name_(\d+)'"
+                for name in over if blank(name) in shapes])
         return list(named), over
     inside = weights_in(folder)
     return ([inside], []) if inside else ([], over)
@@ -1424,7 +1431,8 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                 twin = seen.setdefault(held[step].fingerprint, step)
                 if twin != step:
                     raise LawaError(f"steps {twin} and {step} of {trajectory.name} hold identical "
-                                    "weights; leave out the wrong one, or allow duplicates")
+                                    "weights, so one is a wrong file; leave it out, or allow "
+                                    "duplicates")
             if not on_disk:
                 for stored in set(held[step].data.values()):  # its files may go
                     data = stored.read(0, stored.nbytes)
@@ -1773,7 +1781,8 @@ class Online:
         if state.get("kind") != kind or theirs != shapes:
             other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
             raise LawaError(f"expected the state of {kind} for this model, got that of "
-                            f"{state.get('kind')}, with other names or shapes: {some(other)}")
+                            f"{state.get('kind')} for {len(theirs)} tensors, of other names or "
+                            f"shapes: {some(other)}")
         devices = {name: self.place or tensor.device for name, tensor in live.items()}
         self.held = copied(state["held"], devices)
     place = None  # the device of the state; None: the model's
