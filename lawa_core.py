@@ -1119,10 +1119,11 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     else:
         readings = read_steps(paths, step_regex)
     if any(len(found) != 1 for _, found in readings) or len({kind for kind, _ in readings}) > 1:
+        common = os.path.commonpath([path.absolute().parent for path in paths])
         told = []
         for path, (kind, found) in zip(paths, readings, strict=True):
             words = " or ".join(map(str, found)) or "none"
-            told.append(f"{Path(*path.parts[-2:])} {words} {kind}".rstrip())
+            told.append(f"{path.absolute().relative_to(common)} {words} {kind}".rstrip())
         raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
                         f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
                         r"list of paths in their order, or --step-regex 'name_(\d+)'")
@@ -1192,8 +1193,10 @@ def weights_in(path: Path, depth: int = 2) -> Path | None:
     # of the parts of a split model the first is taken, and refused when it is opened
     if len({PART.sub("", str(f)) for f in found}) > 1:
         names = [str(f.relative_to(path)) for f in found]
-        raise LawaError(f"{path} holds several checkpoints: {some(names)}; give a glob of one kind "
-                        "of them, as 'run/*/unet', those of one run, or a list with --steps")
+        advice = f"give a glob of one kind of them, such as '{path.parent / '*' / names[0]}'"
+        if not read_name(path.name)[1]:
+            advice = "give the folder or a glob of those of one run, or a list with --steps"
+        raise LawaError(f"{path} holds several checkpoints: {some(names)}; {advice}")
     return found[0] if found else None
 
 
@@ -1541,12 +1544,13 @@ def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping
     if path.suffix not in SUFFIXES:
         for source in companions(like):
             shutil.copyfile(source, part.parent / source.name)
-        fields = config_of(part.parent)
-        if fields:  # which say the type in which the weights are
+        config = part.parent / "config.json"
+        if config.exists():  # says the type in which the weights are
+            fields = config_of(part.parent)
             dtype = next((code for code in whole.dtypes.values() if code in FLOATS), "F32")
             names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
             fields |= dict.fromkeys(names, DTYPES[dtype][1])
-            (part.parent / "config.json").write_text(json.dumps(fields, indent=2))
+            config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
         import torch
         state = {name: whole[name] for name in whole if name not in whole.ties}
@@ -2032,11 +2036,13 @@ def inspect(trajectory: Trajectory) -> dict:
 def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:
     """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads its last
     line, which must be numbers and nothing else, or group 1 of the last match of `pattern`."""
-    with explained("expected a --command with {} where the checkpoint's path goes and a --pattern "
-                   f"with a group, as 'val loss (\\S+)', got {command!r} and {pattern!r}"):
+    with explained(f"--command {command!r}: not understood"):
         words = shlex.split(command)
-        if "{}" not in command or (pattern and not re.compile(pattern).groups):
-            raise ValueError("no {}, or no group")
+    if "{}" not in command:
+        raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
+    with explained(f"--pattern {pattern!r}: expected one with a group, as 'val loss (\\S+)'"):
+        if pattern and not re.compile(pattern).groups:
+            raise ValueError("no group")
 
     def evaluate(state):
         with tempfile.TemporaryDirectory() as folder:
@@ -2104,13 +2110,13 @@ def show(result: dict) -> None:
     for line in result.get("outputs", []):
         print(f"{line['path']}: {line['scheme']} at step {line['at']}, "
               f"{len(line['weights'])} checkpoints")
-    left_out = list(result.get("left_out", []))
-    for line in result.get("checkpoints", []):
-        left_out += line["left_out"]
-    for what, given in (("left out", left_out), ("passed over", result.get("passed_over", []))):
-        names = list(dict.fromkeys(given))
-        if names:
-            print(f"{what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
+    outside = [result, *result.get("checkpoints", [])]
+    for text in dict.fromkeys(", ".join(part.get("left_out", [])[:8]) for part in outside):
+        if text:
+            print(f"left out: {text}")
+    if result.get("passed_over"):
+        print(f"passed over: {', '.join(result['passed_over'][:8])}"
+              f"{', ...' * (len(result['passed_over']) > 8)}")
     if "seconds" in result:
         print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
               f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
