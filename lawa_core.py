@@ -609,12 +609,17 @@ def is_buffer(name: str, stored: Stored) -> bool:
 
 def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> np.ndarray:
     """Bytes [start, stop) behind `offset`, fresh, of a file whose STAMP is still `known`."""
-    out = np.empty(stop - start, np.uint8)
-    with explained(f"cannot read {path}"), open(path, "rb") as file:
-        file.seek(offset + start)
-        whole = file.readinto(out) == len(out)
-        if not whole or STAMP(os.stat(file.fileno())) != known:
-            raise LawaError(f"{path} changed while it was read; wait until its writer is done")
+    out, done = np.empty(stop - start, np.uint8), 0
+    try:
+        with open(path, "rb", buffering=0) as file:  # for every tile: a few of 100 microseconds
+            if STAMP(os.stat(file.fileno())) != known:
+                raise LawaError(f"{path} changed while it was read; wait until its writer is done")
+            while done < len(out):  # a read may come back short
+                done += (count := os.preadv(file.fileno(), [out[done:]], offset + start + done))
+                if not count:
+                    raise LawaError(f"{path} is truncated: it ends in a tensor; copy it again")
+    except OSError as error:
+        raise LawaError(f"cannot read {path} ({error.strerror})") from None
     return out
 
 
