@@ -1178,7 +1178,8 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
 
 
 def may_be_weights(path: Path) -> bool:
-    known = path.suffix in SUFFIXES or path.is_dir() or (path.is_symlink() and not path.exists())
+    ends = (*SUFFIXES, *sum(FOREIGN, ()))  # what is foreign is refused with advice
+    known = path.name.endswith(ends) or path.is_dir() or (path.is_symlink() and not path.exists())
     return known and not NOT_WEIGHTS.search(path.name)
 
 
@@ -1498,7 +1499,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         # a slip makes no folder, whose name may have a number behind its dot
         if path.suffix not in SUFFIXES and re.match(r"\.[a-z]", path.suffix, re.IGNORECASE):
             raise LawaError(f"{path}: {path.suffix} is not written; expected .safetensors, .pt, or "
-                            "the name of a new folder")
+                            "the name of a new folder without such an ending")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
             raise LawaError(f"{path} is a folder that is not empty; choose another, or remove it")
         used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
