@@ -921,7 +921,8 @@ def save(path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> N
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix != ".safetensors":
             import torch
-            state = {name: torch.as_tensor(value) for name, value in tensors.items()}
+            state = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                     for name, value in tensors.items()}
             with explained(f"cannot write {path}", JobFailed):
                 torch.save(state, file)
             return
