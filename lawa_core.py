@@ -1179,12 +1179,16 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
                 for name in over if blank(name) in shapes])
         return list(named), over
     inside = weights_in(folder)
-    return ([inside], []) if inside else ([], over)
+    if inside:
+        return [inside], []
+    for path in sorted(folder.iterdir()):
+        if path.name.lower().endswith(sum(FOREIGN, ())):
+            open_file(path, None)  # which says what to do with it
+    return [], over
 
 
 def may_be_weights(path: Path) -> bool:
-    ends = (*SUFFIXES, *sum(FOREIGN, ()))  # what is foreign is refused with advice
-    known = path.name.endswith(ends) or path.is_dir() or (path.is_symlink() and not path.exists())
+    known = path.suffix in SUFFIXES or path.is_dir() or (path.is_symlink() and not path.exists())
     return known and not NOT_WEIGHTS.search(path.name)
 
 
