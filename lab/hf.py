@@ -168,6 +168,12 @@ def load_state(model: GPT, tensors) -> GPT:
     return model
 
 
+def dtype_of(fields: dict) -> torch.dtype:
+    """The type in which a config.json says that weights are, or float32."""
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    return half.get(fields.get("dtype") or fields.get("torch_dtype"), torch.float32)
+
+
 def public_model(folder, device: torch.device) -> tuple[object, Callable, Callable]:
     """What evaluating a public model takes, from its folder's config.json alone.
 
@@ -180,10 +186,7 @@ def public_model(folder, device: torch.device) -> tuple[object, Callable, Callab
     path = Path(folder) / "config.json"
     fields = lawa_core.config_of(Path(folder))
     kind = fields.get("model_type")
-    dtype = torch.float32
-    if device.type == "cuda":
-        half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-        dtype = half.get(fields.get("dtype") or fields.get("torch_dtype"), torch.float32)
+    dtype = dtype_of(fields) if device.type == "cuda" else torch.float32
     refused = LawaError(f"{path}: a {kind} is evaluated through transformers: "
                         "pip install transformers")
     if kind in ARCHITECTURES or not fields:

@@ -77,6 +77,7 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
 
     folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
     listings = _read_listings(folder / "listings.json")  # of commits, which do not change
+    kept = len(listings)
 
     def list_files(step):
         commit = commits[step]
@@ -89,9 +90,10 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
 
     with ThreadPoolExecutor(8) as pool:
         files = dict(zip(steps, pool.map(list_files, steps), strict=True))
-    folder.mkdir(parents=True, exist_ok=True)
-    with lawa_core.replacing(folder / "listings.json") as part:
-        part.write_text(json.dumps(listings))
+    if len(listings) > kept:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lawa_core.replacing(folder / "listings.json") as part:
+            part.write_text(json.dumps(listings))
     twins = _twins(files)
     if twins and "duplicates" not in allow:
         raise LawaError(f"{repo}: {'; '.join(twins)}; these are wrong uploads: "

@@ -32,7 +32,7 @@ import torch
 
 import lawa_core
 import model as nanogpt
-from lab.hf import public_model, save_hf, write_hf
+from lab.hf import dtype_of, public_model, save_hf, write_hf
 from lab.hub import RATE, open_hub, span
 from lab.plan import DEVICES, duration
 from lab.statistics import LEVEL, MARGIN, Difference, difference
@@ -99,6 +99,12 @@ def _check_tokens(corpus: Corpus, config, like: Path) -> None:
     if other:
         raise LawaError(f"{corpus.name} is not in this model's tokens; "
                         f"prepare the text again with --tokenizer {tokenizer}")
+
+
+def folder_name(model: str) -> str:
+    """A repository, or a folder's whole path, as the name of one folder."""
+    place = str(Path(model).resolve()) if Path(model).is_dir() else model
+    return place.strip("/").replace("/", "--")
 
 
 # ---- The job -------------------------------------------------------------------------------------
@@ -176,8 +182,7 @@ class Job:
             self.tasks = list(dict.fromkeys(self.tasks))
             known_tasks(self.task_path, tuple(self.tasks))
         if self.store is None:
-            name = self.model if self.on_hub else str(Path(self.model).resolve()).strip("/")
-            self.store = nanogpt.RUNS / "replays" / name.replace("/", "--")
+            self.store = nanogpt.RUNS / "replays" / folder_name(self.model)
         self.store = Path(self.store).absolute()
         # what goes when all is done: running averages, and models that wait for their tasks
         self.work = self.store / f"work-{self.points[0]}-{self.points[-1]}-{len(self.points)}"
@@ -208,10 +213,15 @@ class Job:
         return self.trajectory.config_dir()
 
     @functools.cached_property
+    def block_size(self) -> int:
+        """Tokens in a block of text."""
+        return public_model(self.like, torch.device("cpu"))[0].block_size
+
+    @functools.cached_property
     def n_blocks(self) -> int:
         """Blocks of text that a model is evaluated on: what was asked for, or all there are."""
-        block = public_model(self.like, torch.device("cpu"))[0].block_size
-        return min(max(self.eval_tokens // block, 2), (len(self.corpus.val) - 1) // block)
+        asked = max(self.eval_tokens // self.block_size, 2)
+        return min(asked, (len(self.corpus.val) - 1) // self.block_size)
 
     @functools.cached_property
     def losses(self) -> Path:
@@ -263,23 +273,27 @@ class Job:
         again = [step for step in self.points if step not in unknown and not self._waits(step)]
         return unknown, again
 
+    def _todo(self, points) -> list[int]:
+        """Which of the points are not done."""
+        lacking = set().union(*self._lacking())
+        return [step for step in points if step in lacking or not self._answered(step)]
+
     def _window(self, points) -> set[int]:
         """The steps that LAWA and the run read at these points."""
         return {step for point in points
                 for step in (point, *row(self.schemes["lawa"], self.trajectory.steps, point))}
 
-    def _needed(self) -> set[int]:
-        """The steps whose checkpoints are still to be read."""
-        unknown, again = self._lacking()
-        lacking = sorted(unknown + again)
+    def _needed(self, lacking: list[int]) -> set[int]:
+        """The steps whose checkpoints are still to be read, for the points that lack something."""
         needed = self._window(lacking)
+        first, end = min(lacking, default=-1), max(lacking, default=-1)
         for made in self._running().values():  # and every point since the last one made
-            last = max((step for step in made if lacking and step <= lacking[0]), default=-1)
-            needed |= {step for step in self.points if lacking and last < step <= lacking[-1]}
+            last = max((step for step in made if step <= first), default=-1)
+            needed |= {step for step in self.points if last < step <= end}
         return needed
 
     def _done(self) -> bool:
-        return not any(self._lacking()) and all(map(self._answered, self.points))
+        return not self._todo(self.points)
 
     # ---- what is done ----
 
@@ -292,13 +306,13 @@ class Job:
         self.store.mkdir(parents=True, exist_ok=True)
         self._check_weights()
         options = {"n_blocks": self.n_blocks, "device": self.device, "cache": self.losses}
+        todo = self._todo(points)
         unknown, again = self._lacking()
-        todo = [step for step in points if step in {*unknown, *again} or not self._answered(step)]
         # what is done can be drawn while another job fetches
         refused = contextlib.nullcontext() if todo else contextlib.suppress(LawaError)
         with refused, self._alone():
             self._let_go()  # what a killed process left
-            total = self.trajectory.to_fetch(self._needed()) if self.on_hub else 0
+            total = self.trajectory.to_fetch(self._needed(unknown + again)) if self.on_hub else 0
             with lawa_core.progress(total, f"fetching {self.name}", "B", unit_scale=True,
                                     disable=not total) as bar:
                 while todo:
@@ -403,12 +417,13 @@ class Job:
 
     def _let_go(self) -> None:
         """Remove the revisions and running averages that no point needs any more."""
-        needed = self._needed()
+        unknown, again = self._lacking()
+        lacking = unknown + again
+        needed = self._needed(lacking)
         for step in self.trajectory.steps if self.on_hub else ():
             if step not in needed:
                 self.trajectory.remove(step)
-        unknown, again = self._lacking()
-        first = min(unknown + again, default=math.inf)
+        first = min(lacking, default=math.inf)
         for scheme, made in self._running().items():
             last = max((step for step in made if step <= first), default=-1)
             for step in made:
@@ -451,17 +466,18 @@ class Job:
         """What is still to do of the points, by default all, takes, in words; fetches config.json
         and the tokenizer alone."""
         points = self.points if points is None else points
-        unknown, again = self._lacking()
-        todo = [step for step in points if step in {*unknown, *again} or not self._answered(step)]
+        todo = self._todo(points)
         lines = [f"{self.name}: {len(points)} points, {len(todo)} to do"]
         if not todo:
             return lines[0]
         if not self.running:
             lines.append("  without EMA and SWA")
         models = 1 + len(self.schemes)
-        width = 4 / self._itemsize()  # of running averages, in float32, over the files'
+        itemsize = dtype_of(lawa_core.config_of(self.like)).itemsize
+        width = 4 / itemsize  # of running averages, in float32, over the files'
         if self.on_hub:
-            hub, needed = self.trajectory, self._needed()
+            unknown, again = self._lacking()
+            hub, needed = self.trajectory, self._needed(unknown + again)
             size = max(map(hub.nbytes, hub.steps))
             running = 2 * (len(self.schemes) - 1) * width * size
             # the window, the next revision, and two that wait until their points are recorded
@@ -474,12 +490,11 @@ class Job:
                 f"{size * (1 + width * self.running) / 1e9:.2f} GB of averages in memory"]
         else:
             size = self.trajectory[self.trajectory.steps[-1]].nbytes
-        block = public_model(self.like, torch.device("cpu"))[0].block_size
-        tokens = self.n_blocks * block
-        flops = 2 * size / self._itemsize() * tokens * models * len(todo)
+        tokens = self.n_blocks * self.block_size
+        flops = 2 * size / itemsize * tokens * models * len(todo)
         times = ", ".join(f"{duration(flops / rate)} on {name}"
                           for name, (rate, _) in DEVICES.items())
-        lines.append(f"  {models * len(todo)} models of {size / self._itemsize() / 1e6:,.1f}M "
+        lines.append(f"  {models * len(todo)} models of {size / itemsize / 1e6:,.1f}M "
                      f"parameters to evaluate on {tokens:,} tokens each: {flops:.1e} FLOPs, "
                      f"{times}")
         if self.tasks:
@@ -490,11 +505,6 @@ class Job:
             wrong = [*self.trajectory.twins, *reported]
             lines += [f"  duplicates: {line}" for line in wrong or ["none by the Hub's hashes"]]
         return "\n".join(lines)
-
-    def _itemsize(self) -> int:
-        fields = lawa_core.config_of(self.like)
-        half = (fields.get("dtype") or fields.get("torch_dtype")) in ("float16", "bfloat16")
-        return 2 if half else 4
 
 
 @functools.cache
@@ -799,9 +809,7 @@ def jobs_of(models: Sequence[str], hub_folder=None, store=None, **options) -> li
     jobs = []
     last = [model.rstrip("/").split("/")[-1] for model in models]
     for model, name in zip(models, last, strict=True):
-        place = str(Path(model).resolve()) if Path(model).is_dir() else model
-        place = place.strip("/").replace("/", "--")
-        own = {key: Path(folder) / place
+        own = {key: Path(folder) / folder_name(model)
                for key, folder in (("hub_folder", hub_folder), ("store", store)) if folder}
         jobs.append(Job(model, **own, **options, name=model if last.count(name) > 1 else name))
     return jobs

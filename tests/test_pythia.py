@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy_task
 from hub_stand_in import Fault, Hub
 
 import lawa_core
@@ -917,39 +918,6 @@ def test_answers_are_compared_document_by_document():
 
 # ---- Zero-shot and the notebook ------------------------------------------------------------------
 
-WORDS = [
-    "<unk>",
-    "<|endoftext|>",
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sat",
-    "ran",
-    "slept",
-    "on",
-    "under",
-    "mat",
-    "tree",
-]
-
-
-def tokenizer(folder):
-    tokenizers, transformers = (
-        pytest.importorskip("tokenizers"),
-        pytest.importorskip("transformers"),
-    )
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<|endoftext|>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_zero_shot_is_the_accuracy_of_the_folder(tmp_path, monkeypatch):
     """A task made here: which of two endings is likelier, by the harness and by our own logits."""
     pytest.importorskip("lm_eval")
@@ -960,34 +928,18 @@ def test_zero_shot_is_the_accuracy_of_the_folder(tmp_path, monkeypatch):
         tmp_path / "hf",
         dict(open_checkpoint(tmp_path / "plain")),
         fields,
-        tokenizer(tmp_path / "tokenizer"),
+        toy_task.save_tokenizer(tmp_path / "tokenizer"),
     )
-    items = [
-        {"text": f"the {who} {did}", "choices": ["on the mat", "under a tree"], "answer": i % 2}
-        for i, (who, did) in enumerate(
-            (who, did) for who in ("cat", "dog", "bird") for did in ("sat", "ran", "slept")
-        )
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    (tmp_path / "task").mkdir()
-    (tmp_path / "task" / "toy.yaml").write_text(f"""
-task: toy
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "data.jsonl"}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
-doc_to_choice: choices
-doc_to_target: answer
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-""")
+    items = toy_task.items("cat", "dog", "bird")
+    toy_task.save_task(tmp_path / "task", tmp_path / "data.jsonl", items)
     (row,) = replay.zero_shot(tmp_path / "hf", ["toy"], task_path=tmp_path / "task")
     assert row["documents"] and np.mean(row["documents"]) == row["accuracy"]
     gpt, right = load_hf(tmp_path / "hf"), []
     for item in items:
         scores = []
         for ending in item["choices"]:
-            idx = torch.tensor([[WORDS.index(word) for word in f"{item['text']} {ending}".split()]])
+            words = f"{item['text']} {ending}".split()
+            idx = torch.tensor([[toy_task.WORDS.index(word) for word in words]])
             scores.append(
                 -gpt.losses(idx[:, :-1], idx[:, 1:])[0, -len(ending.split()) :].sum().item()
             )

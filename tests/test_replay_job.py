@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy_task
 from hub_stand_in import Hub, Storage
 from safetensors.torch import load_file, save as packed
+from toy_task import WORDS
 
 import lab.report
 import model
@@ -39,25 +41,6 @@ STEPS, POINTS, K = range(10, 90, 10), range(20, 90, 10), 3
 BLOCK, BLOCKS = 32, 8  # tokens of a block of text, and blocks that a model is evaluated on
 WEIGHTS = (".safetensors", ".bin")
 RANKS = re.compile(r"RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|HF_(ENDPOINT|TOKEN|HUB_OFFLINE)")
-WORDS = [
-    "<unk>",
-    "<|endoftext|>",
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sat",
-    "ran",
-    "slept",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "near",
-    "red",
-    "old",
-]
 VOCABULARY = 32  # of the models, which pad the tokenizer's
 
 
@@ -132,25 +115,15 @@ def lay(folder: Path, revision: dict) -> Path:
     return folder
 
 
-ITEMS = [
-    {"text": f"the {who} {did}", "choices": ["on the mat", "under a tree"], "answer": i % 2}
-    for i, (who, did) in enumerate(
-        (who, did) for who in ("cat", "dog", "bird", "mat") for did in ("sat", "ran", "slept")
-    )
-]
+ITEMS = toy_task.items("cat", "dog", "bird", "mat")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tokenizer, a text in its tokens, a zero-shot task, three models and what all need."""
-    tokenizers, top = pytest.importorskip("tokenizers"), tmp_path_factory.mktemp("world")
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<|endoftext|>", unk_token="<unk>"
-    ).save_pretrained(top / "tokenizer")
+    pytest.importorskip("tokenizers")
+    top = tmp_path_factory.mktemp("world")
+    toy_task.save_tokenizer(top / "tokenizer")
     tokenizer = {path.name: path.read_bytes() for path in (top / "tokenizer").iterdir()}
 
     meta = {
@@ -166,19 +139,7 @@ def world(tmp_path_factory):
     (top / "words" / "meta.json").write_text(json.dumps(meta))
     (top / "words" / "tokenizer.json").write_bytes(tokenizer["tokenizer.json"])
 
-    (top / "toy.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
-    (top / "tasks").mkdir()
-    (top / "tasks" / "toy.yaml").write_text(f"""
-task: toy
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {top / "toy.jsonl"}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
-doc_to_choice: choices
-doc_to_target: answer
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-""")
+    toy_task.save_task(top / "tasks", top / "toy.jsonl", ITEMS)
     kinds = {
         TINY: (neox(top / "tiny", 2, 32), torch.float16, ".safetensors"),
         SMALL: (neox(top / "small", 3, 64), torch.float16, ".bin"),
