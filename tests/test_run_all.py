@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.specifiers import SpecifierSet
 from papermill.cli import _resolve_type
 
 from lab import results_name
@@ -419,3 +422,20 @@ def test_without_an_environment_one_is_made_and_filled_once(tmp_path):
     assert pip_calls() == []
     (project / "constraints.txt").write_text("numpy==2.3.0\n")
     assert pip_calls() == [install + ".[notebooks]"]
+
+
+def test_every_pin_fits_every_python_that_is_promised():
+    """pip looks through hundreds of versions, for ever, where one pin excludes its Python."""
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = f"{lowest.removeprefix('>=')}.0"
+    wrong = []
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, pinned = line.partition("==")
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # what another machine needs
+            continue
+        pythons = SpecifierSet(found.metadata["Requires-Python"] or "")
+        if found.version == pinned and oldest not in pythons:
+            wrong.append(f"{line} needs Python {pythons}")
+    assert not wrong
