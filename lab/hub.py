@@ -60,11 +60,20 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
     revisions with the same weights. Needs huggingface_hub.
     """
     repo, _, text = repo.partition("@")
-    with _one_line(repo):
-        from huggingface_hub import HfApi
+    folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
+    listings = _read_listings(folder / "listings.json")
+    before = dict(listings)
+    try:
+        with _one_line(repo):
+            from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=endpoint, token=token)
-        branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).branches}
+            api = HfApi(endpoint=endpoint, token=token)
+            refs = api.list_repo_refs(repo).branches
+            listings["branches"] = {ref.name: ref.target_commit for ref in refs}
+    except JobFailed:  # what is on disk can be read without the Hub
+        if "branches" not in listings:
+            raise
+    branches = listings["branches"]
     known = _steps_of(repo, branches, names)
     commits = {step: branches[name] for step, name in known.items()}
     if text:
@@ -74,10 +83,6 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
     if missing or not steps:
         raise LawaError(f"{repo} has no revision {some(missing) or 'that names a step'}; "
                         f"there are {some(sorted(commits)) or 'none'}")
-
-    folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
-    listings = _read_listings(folder / "listings.json")  # of commits, which do not change
-    kept = len(listings)
 
     def list_files(step):
         commit = commits[step]
@@ -90,7 +95,7 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
 
     with ThreadPoolExecutor(8) as pool:
         files = dict(zip(steps, pool.map(list_files, steps), strict=True))
-    if len(listings) > kept:
+    if listings != before:
         folder.mkdir(parents=True, exist_ok=True)
         with lawa_core.replacing(folder / "listings.json") as part:
             part.write_text(json.dumps(listings))
@@ -107,7 +112,8 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
 
 
 def _read_listings(path: Path) -> dict[str, dict]:
-    """{commit: {file name: record}} as kept before; nothing where that is missing or damaged."""
+    """{"branches": {branch: commit}, commit: {file name: record}} as kept before, of which those of
+    a commit do not change; nothing where that is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text()))
     return {}
@@ -279,13 +285,19 @@ class HubTrajectory(Trajectory):
         """The folder of the newest step's config and tokenizer, which are fetched."""
         step = self.steps[-1]
         commit, _ = self.revisions[step]
+        target = self.folder / "model"
+        with contextlib.suppress(OSError):
+            if (target / ".commit").read_text() == commit:
+                return target
         with _one_line(f"{self.name} step{step}"):
             for file in self.api.list_repo_tree(self.name, revision=commit):
                 if any(fnmatch.fnmatch(file.path, pattern) for pattern in lawa_core.COPIED):
                     self.api.hf_hub_download(self.name, file.path, revision=commit,
-                                             local_dir=self.folder / "model",
+                                             local_dir=target,
                                              tqdm_class=lawa_core.progress)
-        return self.folder / "model"
+        target.mkdir(exist_ok=True)
+        (target / ".commit").write_text(commit)
+        return target
 
     def to_fetch(self, steps) -> int:
         """Bytes of these revisions that are not on disk."""

@@ -1129,3 +1129,14 @@ def test_a_variant_that_is_not_ours_is_evaluated_through_transformers(world, hub
     net = theirs(tmp_path / "odd" / "step20")
     expected = by_hand(tmp_path / "odd" / "step20", net.state_dict(), world.corpus)
     np.testing.assert_allclose(run["losses"], expected, rtol=0, atol=1e-4)
+
+
+def test_a_finished_replay_is_drawn_without_the_hub(world, hub, tmp_path):
+    """On a machine that is offline; what still has to be fetched says so."""
+    done = fresh(world, hub, tmp_path, points=(20, 40), k=2)
+    rows = done.run()
+    nowhere = SimpleNamespace(url="http://127.0.0.1:9")
+    again = fresh(world, nowhere, tmp_path, points=(20, 40), k=2).run()
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    with pytest.raises(LawaError, match="the Hub cannot be reached"):
+        fresh(world, nowhere, tmp_path, points=(20, 40, 60), k=2).run()
