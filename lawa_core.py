@@ -1702,47 +1702,35 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
 
 # ---- 8. Online averages --------------------------------------------------------------------------
 
-def live_state(model) -> dict:
-    """{name: the model's own tensor}, looking through DDP, DataParallel and torch.compile."""
-    import torch
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
-               if isinstance(tensor, torch.Tensor)}  # what get_extra_state gives may be anything
-    refuse([f"{name} is complex, which is not averaged; keep two real tensors"
-            for name, tensor in tensors.items() if tensor.is_complex()])
-    return tensors
-
-
-def copied(tree, devices: Mapping | None = None):
-    """A deep copy of nested dicts of tensors; devices: {name of a tensor: where to}."""
-    copy = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            value = copied(value, devices)
-        elif hasattr(value, "device"):
-            value = value.to(devices[name] if devices else value.device, copy=True)
-        copy[name] = value
-    return copy
-
-
 class Online:
     """What LAWA, EMA and SWA share: when to update, state, and swapping the average in and out.
 
     Nothing feeds back into training. held: all state, nested dicts with tensors by name.
     """
+    place = None  # the device of the state; None: the model's
+    inside = False  # of `swapped`
 
     def __init__(self, model, every: int, start: int, **held):
         positive(every=every)
         self.model, self.every, self.start, self.held = model, every, start, held
 
-    def live(self) -> dict:
-        """{name: the model's tensor}, tied ones once, without what compiling a part puts in."""
-        tensors = live_state(self.model)
-        first = first_names(tensors)
-        return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()
-                if first[name] == name}
+    def live(self) -> tuple[dict, dict]:
+        """({name here: the model's own tensor}, {name in the model: name here}).
+
+        Here tied tensors are one, and names lack what DDP, DataParallel and torch.compile put in.
+        """
+        import torch
+        model = self.model
+        wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+        while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
+            model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
+                   if isinstance(tensor, torch.Tensor)}  # an extra state may be anything
+        refuse([f"{name} is complex, which is not averaged; keep two real tensors"
+                for name, tensor in tensors.items() if tensor.is_complex()])
+        names = {name: first.replace("_orig_mod.", "")  # of a part that was compiled
+                 for name, first in first_names(tensors).items()}
+        return {names[name]: tensor for name, tensor in tensors.items()}, names
 
     def update(self, step: int) -> None:
         """Call after every optimizer.step() with the number of steps done.
@@ -1752,30 +1740,36 @@ class Online:
         self.expect_own_weights()
         due = step >= self.start and (step - self.start) % self.every == 0
         if due and step > self.held.get("step", -1):
-            live = self.live()
+            live, _ = self.live()
             floats = {name: t for name, t in live.items() if t.is_floating_point()}
             others = {name: t.to(self.place or t.device, copy=True) for name, t in live.items()
                       if name not in floats}  # of which an average keeps the newest
             self.take(step, floats)
             self.held |= {"step": step, "others": others}
 
+    def mean(self, *which) -> dict:
+        """{name here: tensor, perhaps of the state and in its type}."""
+        if "step" not in self.held:
+            raise LawaError("nothing averaged yet: call update(step) first, from step `start` on")
+        return self.averaged(*which) | self.held["others"]
+
     def average(self, *which) -> dict:
         """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
-        averaged = self.averaged(*which) | copied(self.held.get("others", {}))
-        first = first_names(live_state(self.model))
-        return {name: averaged[kept.replace("_orig_mod.", "")] for name, kept in first.items()}
+        (live, names), mean = self.live(), self.mean(*which)
+        fresh = {name: mean[name].to(tensor.dtype, copy=True) for name, tensor in live.items()}
+        return {name: fresh[here] for name, here in names.items()}
 
     @contextlib.contextmanager
     def swapped(self, *which):
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
         self.expect_own_weights()
-        live, averaged = self.live(), self.averaged(*which) | self.held.get("others", {})
+        (live, _), mean = self.live(), self.mean(*which)
         weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
         self.inside = True
         with torch.no_grad():
             try:
-                torch._foreach_copy_(weights, [averaged[name] for name in live])
+                torch._foreach_copy_(weights, [mean[name] for name in live])
                 yield self.model
             finally:
                 torch._foreach_copy_(weights, own)
@@ -1790,22 +1784,31 @@ class Online:
     def state_dict(self) -> dict:
         """A copy of all state, for torch.save and a weights-only torch.load."""
         self.expect_own_weights()
-        shapes = {name: list(tensor.shape) for name, tensor in self.live().items()}
-        return {"kind": type(self).__name__, "shapes": shapes, "held": copied(self.held)}
+        shapes = {name: list(tensor.shape) for name, tensor in self.live()[0].items()}
+        held = copied(self.held, {})
+        return {"kind": type(self).__name__, "shapes": shapes, "held": held}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a copy of the state, to the same bits; LawaError if it is another model's."""
-        live, kind, theirs = self.live(), type(self).__name__, state.get("shapes", {})
+        live, kind, theirs = self.live()[0], type(self).__name__, state.get("shapes", {})
         shapes = {name: list(tensor.shape) for name, tensor in live.items()}
-        if state.get("kind") != kind or theirs != shapes:
-            other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
+        other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
+        if state.get("kind") != kind or other:
             raise LawaError(f"expected the state of {kind} for this model, got that of "
-                            f"{state.get('kind')} for {len(theirs)} tensors, of other names or "
-                            f"shapes: {some(other)}")
+                            f"{state.get('kind')}; names or shapes that differ: {some(other)}")
         devices = {name: self.place or tensor.device for name, tensor in live.items()}
         self.held = copied(state["held"], devices)
-    place = None  # the device of the state; None: the model's
-    inside = False  # inside `swapped`
+
+
+def copied(tree: Mapping, devices: Mapping) -> dict:
+    """A deep copy of nested dicts of tensors, each on the device of its name, if there is one."""
+    copy = dict(tree)
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            copy[name] = copied(value, devices)
+        elif hasattr(value, "device"):
+            copy[name] = value.to(devices.get(name, value.device), copy=True)
+    return copy
 
 
 class LAWA(Online):
@@ -1833,8 +1836,6 @@ class LAWA(Online):
 
     def averaged(self):
         steps = sorted(self.held["window"])[-self.k:]
-        if not steps:
-            raise LawaError("the window is empty: call update(step) first")
         opened = {step: from_memory(self.held["window"][step], f"step {step}") for step in steps}
         return state_dict(opened, Row(lawa(self.k), steps, steps[-1]), allow=ALLOW)
 
@@ -1848,36 +1849,26 @@ class EMA(Online):
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
-        super().__init__(model, every, start, shadows={})
+        super().__init__(model, every, start, shadows={})  # {beta: {name: tensor}}
         self.betas, self.dtype = tuple(map(float, np.atleast_1d(betas))), dtype
-        if not self.betas:
-            raise LawaError("expected one beta or more, got none")
-        for beta in self.betas:
-            ema(beta)  # refuses a beta outside [0, 1)
+        for beta in self.betas or (None,):
+            ema(beta)  # refuses none, and one outside [0, 1)
 
     def take(self, step, floats):
         import torch
-        least = self.dtype or torch.float32
+        least, shadows = self.dtype or torch.float32, self.held["shadows"]
         values = [t.to(torch.promote_types(t.dtype, least)) for t in floats.values()]
-        for beta in self.betas:
-            shadow = self.held["shadows"].setdefault(beta, {})
-            if shadow:
-                torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
-            else:
-                shadow |= {name: value.clone() for name, value in zip(floats, values, strict=True)}
+        for beta, shadow in shadows.items():
+            torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
+        if not shadows:
+            for beta in self.betas:
+                shadows[beta] = dict(zip(floats, map(torch.clone, values), strict=True))
 
     def averaged(self, beta: float | None = None):
-        beta = self.betas[0] if beta is None else beta
-        if beta not in self.held["shadows"]:
-            raise LawaError(f"no average for beta {beta} of {self.betas}; call update(step) first")
-        live, shadow = self.live(), self.held["shadows"][beta]
-        return {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()}
-
-    def load_state_dict(self, state):
-        betas = tuple(state["held"]["shadows"]) if state.get("kind") == "EMA" else ()
-        if not set(betas) <= set(self.betas):
-            raise LawaError(f"expected the state of an EMA with betas {self.betas}, got {betas}")
-        super().load_state_dict(state)
+        beta, shadows = self.betas[0] if beta is None else beta, self.held["shadows"]
+        if beta not in shadows:
+            raise LawaError(f"no average for beta {beta}; there are {some(list(shadows))}")
+        return shadows[beta]
 
 
 class SWA(Online):
@@ -1898,12 +1889,10 @@ class SWA(Online):
         self.held["count"] += 1
 
     def averaged(self):
-        if not self.held["count"]:
-            raise LawaError("nothing averaged yet: call update(step) from step `start` on")
-        live, means = self.live(), {}
+        (live, _), means = self.live(), {}
         for name, total in self.held["sums"].items():
-            exact = total + self.held["lost"].get(name, 0.0)
-            means[name] = (exact / self.held["count"]).to(live[name].dtype)
+            exact = (total + self.held["lost"].get(name, 0.0)) / self.held["count"]
+            means[name] = exact.to(live[name].dtype)
         return means
 
 
