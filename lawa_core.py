@@ -1626,8 +1626,7 @@ def propose(windows: Mapping, known: Mapping) -> tuple[str, lawa | None]:
     model = (f"from {len(known)} evaluations: noise {noise:.2g} nats, relaxation {tau:.2g} steps, "
              f"drift {drift:.1g} nats per step; ")
     if noise == 0 or miss > max(gains) / 4:
-        model += f"cannot tell: it sees no noise, or misses the gains, by {miss:.2g} nats"
-        return model, None
+        return f"{model}cannot tell: no noise, or gains missed, by {miss:.2g} nats", None
     top = max(windows, key=expected.get)
     return f"{model}predicts best {top}, gain {expected[top]:+.4f}", top
 
@@ -1638,23 +1637,15 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
 
     source: what `open_trajectory` takes; evaluate: {name: tensor} -> loss, or the losses of equally
     many blocks, paired, so that the answer has a standard error; NaN is worst; at: default newest.
-    Gain over span k * spacing is an inverted U (2507.17634): so a bisection over spans at the
-    middle k, then what a model fitted to these proposes, then other windows of the best span.
+    Gain over span k * spacing is an inverted U (2507.17634): half of the budget goes to a grid of
+    spans, in equal ratios, at the middle k, one evaluation to what a model fitted to these
+    proposes, the rest to windows of the spans nearest to the best.
     Returns {"best": scheme, "gain", "gain_se", "sure": text, "model": text, "trials": [{"scheme",
     "loss", "gain", "gain_se"}]}.
     """
     trajectory = open_trajectory(source, key)
     positive(budget=budget)
     at = trajectory.steps[-1] if at is None else at
-    run, losses = newest(), {}  # {scheme: (blocks,)}
-
-    def loss(scheme) -> float:
-        if scheme not in losses and len(losses) < budget:
-            found = evaluate(average(trajectory, scheme, at))
-            losses[scheme] = np.atleast_1d(np.asarray(found, float))
-        mean = losses[scheme].mean() if scheme in losses else math.inf
-        return math.inf if math.isnan(mean) else float(mean)
-    loss(run)
     windows = {}  # {scheme: its weights}
     for k, step in product(ks, trajectory.steps):
         with contextlib.suppress(LawaError):  # not all of its checkpoints are there
@@ -1664,30 +1655,33 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
     if not windows:
         raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step "
                         f"{at}; there are {some(trajectory.steps)}")
-    middle = sorted(ks)[len(ks) // 2]
-    line = [w for w in windows if w.k == middle] or list(windows)
-    line.sort(key=lambda w: w.k * w.spacing)
-    while len(line) > 1 and len(losses) <= budget - len(ks):
-        half = (len(line) + 1) // 2
-        line = line[:half] if loss(line[half - 1]) <= loss(line[half]) else line[half:]
-    best = min(losses.keys() - {run} or {line[0]}, key=loss)
-    gains = {w: loss(run) - loss(w) for w in losses if w != run}
-    # what loses more than the best one gains is too wide for the model
-    known = {w: more for w, more in gains.items() if loss(best) - loss(run) < more < math.inf}
-    model, top = propose(windows, known)
-    best = min(best, top or best, key=loss)
-    if top in losses:
-        model += f", measured {loss(run) - loss(top):+.4f}"
-    span = best.k * best.spacing
-    for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / span))):
-        loss(scheme)
-    best = min(losses, key=loss)
+    run, losses = newest(), {}  # {scheme: (blocks,)}
+
+    def best_of(schemes):
+        """Evaluate these as far as the budget goes; returns the best of all so far."""
+        for scheme in schemes:
+            if scheme not in losses and len(losses) < budget:
+                found = evaluate(average(trajectory, scheme, at))
+                losses[scheme] = np.atleast_1d(np.asarray(found, float))
+        return min(losses, key=lambda w: np.nan_to_num(losses[w].mean(), nan=math.inf))
 
     def gain(scheme, than=run) -> dict[str, float | None]:
         """How much lower the scheme's loss is, and the standard error over blocks."""
         gains = losses[than] - losses[scheme]
         error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
         return {"gain": float(gains.mean()), "gain_se": error}
+    spans = {run: 1} | {w: w.k * w.spacing for w in windows}
+    middle = max(w.k for w in windows if w.k <= sorted(ks)[len(ks) // 2])
+    line = sorted((w for w in windows if w.k == middle), key=spans.get)
+    places = np.geomspace(1, len(line), budget // 2).round().astype(int)
+    most = gain(best_of([run, *(line[place - 1] for place in places)]))["gain"]
+    # what loses more than the best one gains is too wide for the model
+    gains = {w: gain(w)["gain"] for w in losses if w != run}
+    model, top = propose(windows, {w: g for w, g in gains.items() if -most < g < math.inf})
+    best = best_of([top] if top else [])
+    if top in losses:
+        model += f", measured {gain(top)['gain']:+.4f}"
+    best = best_of(sorted(windows, key=lambda w: abs(math.log(spans[w] / spans[best]))))
     found = {"best": best, **gain(best)}
     sure = "no spread known: the validation gave one number per model; give one per block"
     if found["gain_se"] is not None:
