@@ -1647,11 +1647,11 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
     positive(budget=budget)
     at = trajectory.steps[-1] if at is None else at
     windows = {}  # {scheme: its weights}
-    for k, step in product(ks, trajectory.steps):
-        with contextlib.suppress(LawaError):  # not all of its checkpoints are there
-            weights = row(lawa(k, at - step), trajectory.steps, at)
-            if len(weights) == k:
-                windows[lawa(k, at - step)] = weights
+    for k, before in product(ks, trajectory.steps):
+        spacing = at - before
+        window = [at - n * spacing for n in range(k)]
+        if spacing > 0 and set(window).issubset(trajectory.steps):
+            windows[lawa(k, spacing)] = equal(window)
     if not windows:
         raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step "
                         f"{at}; there are {some(trajectory.steps)}")
@@ -1695,6 +1695,17 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
 
 
 # ---- 8. Online averages --------------------------------------------------------------------------
+
+def copied(tree: Mapping, devices: Mapping) -> dict:
+    """A deep copy of nested dicts of tensors, each on the device of its name, if there is one."""
+    copy = dict(tree)
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            copy[name] = copied(value, devices)
+        elif hasattr(value, "device"):
+            copy[name] = value.to(devices.get(name, value.device), copy=True)
+    return copy
+
 
 class Online:
     """What LAWA, EMA and SWA share: when to update, state, and swapping the average in and out.
@@ -1741,16 +1752,12 @@ class Online:
             self.take(step, floats)
             self.held |= {"step": step, "others": others}
 
-    def mean(self, *which) -> dict:
-        """{name here: tensor, perhaps of the state and in its type}."""
-        if "step" not in self.held:
-            raise LawaError("nothing averaged yet: call update(step) first, from step `start` on")
-        return self.averaged(*which) | self.held["others"]
-
     def average(self, *which) -> dict:
         """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
-        (live, names), mean = self.live(), self.mean(*which)
-        fresh = {name: mean[name].to(tensor.dtype, copy=True) for name, tensor in live.items()}
+        if "step" not in self.held:
+            raise LawaError("nothing averaged yet: call update(step) first, from step `start` on")
+        live, names = self.live()
+        fresh = self.averaged(live, *which) | copied(self.held["others"], {})
         return {name: fresh[here] for name, here in names.items()}
 
     @contextlib.contextmanager
@@ -1758,12 +1765,12 @@ class Online:
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
         self.expect_own_weights()
-        (live, _), mean = self.live(), self.mean(*which)
+        (live, names), averaged = self.live(), self.average(*which)
         weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
         self.inside = True
         with torch.no_grad():
             try:
-                torch._foreach_copy_(weights, [mean[name] for name in live])
+                torch._foreach_copy_([live[names[name]] for name in averaged], [*averaged.values()])
                 yield self.model
             finally:
                 torch._foreach_copy_(weights, own)
@@ -1794,17 +1801,6 @@ class Online:
         self.held = copied(state["held"], devices)
 
 
-def copied(tree: Mapping, devices: Mapping) -> dict:
-    """A deep copy of nested dicts of tensors, each on the device of its name, if there is one."""
-    copy = dict(tree)
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            copy[name] = copied(value, devices)
-        elif hasattr(value, "device"):
-            copy[name] = value.to(devices.get(name, value.device), copy=True)
-    return copy
-
-
 class LAWA(Online):
     """The last k snapshots, `spacing` steps apart, on the CPU (arXiv 2306.03241).
 
@@ -1828,7 +1824,7 @@ class LAWA(Online):
         torch._foreach_copy_(list(oldest.values()), list(floats.values()))  # its memory again
         window[step] = oldest
 
-    def averaged(self):
+    def averaged(self, live):
         steps = sorted(self.held["window"])[-self.k:]
         opened = {step: from_memory(self.held["window"][step], f"step {step}") for step in steps}
         return state_dict(opened, Row(lawa(self.k), steps, steps[-1]), allow=ALLOW)
@@ -1858,11 +1854,11 @@ class EMA(Online):
             for beta in self.betas:
                 shadows[beta] = dict(zip(floats, map(torch.clone, values), strict=True))
 
-    def averaged(self, beta: float | None = None):
+    def averaged(self, live, beta: float | None = None):
         beta, shadows = self.betas[0] if beta is None else beta, self.held["shadows"]
         if beta not in shadows:
             raise LawaError(f"no average for beta {beta}; there are {some(list(shadows))}")
-        return shadows[beta]
+        return {n: t.to(live[n].dtype, copy=True) for n, t in shadows[beta].items()}
 
 
 class SWA(Online):
@@ -1882,11 +1878,11 @@ class SWA(Online):
                 lost[name] = lost.get(name, 0.0) + (before - part) + (value - (total - part))
         self.held["count"] += 1
 
-    def averaged(self):
-        (live, _), means = self.live(), {}
+    def averaged(self, live):
+        means = {}
         for name, total in self.held["sums"].items():
-            exact = (total + self.held["lost"].get(name, 0.0)) / self.held["count"]
-            means[name] = exact.to(live[name].dtype)
+            exact = total + self.held["lost"].get(name, 0.0)
+            means[name] = (exact / self.held["count"]).to(live[name].dtype)
         return means
 
 
@@ -1896,12 +1892,11 @@ EXAMPLES = """examples
   lawa inspect runs/my-run                                       what is there, what is wrong
   lawa average ckpt_800.pt ckpt_900.pt ckpt_1000.pt -o avg.pt    the mean of these three
   lawa average runs/my-run -k 5 --spacing 1000 -o avg.safetensors
-  lawa average runs/my-run --scheme "ema(beta=0.99)" --at 20000 --dtype BF16 -o hf-folder
-  lawa sweep runs/my-run --scheme "lawa(5, 1000)" --scheme "decay(5000)" --every 1000 -o averages
   lawa average "out/checkpoint-*/unet" --blend 0.5 -o avg        half average, half newest
   lawa average a.pt b.pt c.pt --steps 100,200,300 -o avg.pt      where names do not tell the steps
+  lawa sweep runs/my-run --scheme "lawa(5, 1000)" --scheme "decay(5000)" --every 1000 -o averages
   lawa search runs/my-run --command "python validate.py {}"      prints the loss, or one per block
-  lawa export averages/lawa/ckpt_20000.safetensors --like hf-folder -o new-hf-folder
+  lawa export runs/my-run/ckpt_20000.pt --like hf-folder -o new-hf-folder
 
 schemes (spacing, every, start, window are in steps)
   lawa(k=5, spacing=100)              the mean of the k latest, spacing apart; else the k latest
@@ -1912,17 +1907,13 @@ schemes (spacing, every, start, window are in steps)
   explicit([0.2, 0.8])                these weights, the last for the newest, divided by their sum
   newest                              one checkpoint as it is
 
-steps are read from the names of files and folders, never from their order: the number beside step,
-iter, ckpt, checkpoint, or else epoch (checkpoint-500, iter_0000500, epoch=3-step=500, 12epoch,
-step_1k), or the only bare number (model_00500). Metrics, rates, seeds, versions, parts, hashes and
-names of averages (best, last, ema) are none. What can be read in two ways is refused, and told with
---steps 100,200 or --step-regex. docs/formats.md has a table of tools.
+Steps are read from names, never from their order: the number beside step, iter, ckpt, checkpoint
+or else epoch, or the only bare number. Metrics, rates, seeds, versions, parts, hashes and averages
+(best, last, ema) are none; what has two readings is refused, and told with --steps or --step-regex.
 
-Inputs are never changed. Names and shapes must agree; floats are averaged in double precision and
-rounded once; integers come from the newest; tied tensors stay tied. NaN, Inf, identical checkpoints
-and averages among the inputs are refused (--allow). An output appears when it is whole; a killed
-job begins anew. Exit status: 0 done, 1 the job failed or inspect found problems, 2 bad usage or
-input, 130 interrupted."""
+Inputs are never changed. Floats are averaged in double precision and rounded once; integers come
+from the newest. NaN, Inf, duplicates and averages among the inputs are refused (--allow). Status:
+0 done, 1 the job failed or inspect found problems, 2 bad usage or input, 130 interrupted."""
 
 def whole_numbers(text: str) -> list[int]:
     return [int(word) for word in text.replace(",", " ").split()]
@@ -1978,8 +1969,9 @@ def schemes_of(args) -> dict[str, Callable]:
         texts["lawa"] = f"lawa({args.k}, {args.spacing})"
     if args.weights is not None:
         texts["explicit"] = f"explicit([{args.weights}], {args.spacing})"
-    if len(texts) > len(args.scheme) + (not args.scheme):
-        raise LawaError("expected only one of --scheme, -k and --weights, got more")
+    if args.command == "average" and len(texts) > 1:
+        raise LawaError(f"average takes one of --scheme, -k and --weights, got {len(texts)}; use "
+                        "sweep for several")
     if args.spacing is not None and texts.keys().isdisjoint(("lawa", "explicit")):
         raise LawaError("--spacing goes with -k or --weights; a --scheme has its own, as in "
                         "lawa(k=5, spacing=100)")
@@ -2001,12 +1993,11 @@ def schemes_of(args) -> dict[str, Callable]:
 def inspect(trajectory: Trajectory) -> dict:
     """What `lawa inspect` shows: size, types and norm at each step, and how far the weights moved
     (norm of the change since the checkpoint before, over the norm). Reads every byte once."""
-    rows, problems = [], check(trajectory)  # which lists what cannot be opened, and differs
+    problems = check(trajectory)  # which lists what cannot be opened, and differs
     opened, _ = open_steps(trajectory, trajectory.steps, ALLOW)
-    squares, changes = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0)
+    squares, changes, rows = Counter(), Counter(), []
     with progress(sum(c.nbytes for c in opened.values()), "inspect", "B", unit_scale=True) as bar:
-        names = list(opened[max(opened)]) if opened else []
-        for name in names:
+        for name in dict.fromkeys(name for checkpoint in opened.values() for name in checkpoint):
             before = None
             for step, checkpoint in opened.items():
                 stored = checkpoint.data.get(name)
@@ -2034,33 +2025,29 @@ def inspect(trajectory: Trajectory) -> dict:
 def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:
     """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads its last
     line, which must be numbers and nothing else, or group 1 of the last match of `pattern`."""
-    with explained(f"--command {command!r}: not understood"):
+    with explained("expected --command 'program {}', {} for the checkpoint's path, and --pattern "
+                   f"'val loss (\\S+)' or none, got {command!r} and {pattern!r}"):
         words = shlex.split(command)
-    if "{}" not in command:
-        raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
-    with explained(f"--pattern {pattern!r}: expected one with a group, as 'val loss (\\S+)'"):
-        if pattern and not re.compile(pattern).groups:
-            raise ValueError("no group")
+        if "{}" not in command or (pattern and not re.compile(pattern).groups):
+            raise ValueError("no {}, or no group in the pattern")
 
     def evaluate(state):
         with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder) / "candidate.safetensors", state)
-            filled = [word.replace("{}", f"{folder}/candidate.safetensors") for word in words]
+            path = f"{folder}/candidate.safetensors"
+            save(path, state)
+            filled = [word.replace("{}", path) for word in words]
             done = subprocess.run(filled, capture_output=True, text=True, errors="replace")
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip()[-200:]
-            raise JobFailed(f"the validation command exited with {done.returncode} and printed "
-                            f"{said!r}")
-        told, losses = last.replace(",", " ").split(), []
+        losses, last = [], done.stdout.strip().rpartition("\n")[2]
+        told = last.replace(",", " ").split()
         if pattern:
             told = [match[1] for match in re.finditer(pattern, done.stdout)][-1:]
         with contextlib.suppress(ValueError, TypeError):  # words, a group that is not there
             losses = [float(word) for word in told]
-        if not losses:
-            raise JobFailed(f"the validation command's last line is {last[-200:]!r}; expected a "
-                            "loss, or one per block, and nothing else; or say where it is with "
-                            "--pattern 'val loss (\\S+)'")
+        if done.returncode or not losses:
+            said = (done.stderr.strip() if done.returncode else last)[-200:]
+            raise JobFailed(f"the validation command exited with {done.returncode} and {said!r}; "
+                            "expected 0 and, alone on the last line, a loss or one per block, or "
+                            "--pattern 'val loss (\\S+)' where it is")
         return losses
     return evaluate
 
@@ -2073,56 +2060,47 @@ def run(args) -> dict:
     if args.command == "search":
         return search(trajectory, validation(args.run, args.pattern), args.at, args.budget)
     schemes = {"newest": newest()} if args.command == "export" else schemes_of(args)
-    with contextlib.ExitStack() as stack:
-        begun, bars = time.monotonic(), []
-
+    with progress(None, args.command, "B", unit_scale=True) as bar:
         def show(done, total):
-            if not bars and time.monotonic() - begun > 1:  # tqdm's import is not for short work
-                bars.append(stack.enter_context(
-                    progress(total, args.command, "B", unit_scale=True)))
-            for bar in bars:
-                bar.update(done - bar.n)
+            bar.total = total
+            bar.update(done - bar.n)
         options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow,
                    "like": args.like, "progress": show}
-        if args.command == "sweep":
-            positive(every=args.every)
-            targets = [step for step in trajectory.steps if step % args.every == 0]
-            if not targets:
-                raise LawaError(f"--every {args.every}: no multiple of it among the steps "
-                                f"{some(trajectory.steps)}")
-            return sweep_files(trajectory, schemes, targets, args.out, **options)
-        if len(schemes) > 1:
-            raise LawaError(f"average writes one average, got {len(schemes)} schemes; use sweep")
-        at = trajectory.steps[-1] if args.at is None else args.at
-        return average_files(trajectory, {args.out: (*schemes.values(), at)}, **options)
+        if args.command != "sweep":
+            at = trajectory.steps[-1] if args.at is None else args.at
+            return average_files(trajectory, {args.out: (*schemes.values(), at)}, **options)
+        positive(every=args.every)
+        targets = [step for step in trajectory.steps if step % args.every == 0]
+        if not targets:
+            raise LawaError(f"--every {args.every}: no multiple of it among the steps "
+                            f"{some(trajectory.steps)}")
+        return sweep_files(trajectory, schemes, targets, args.out, **options)
 
 
-def show(result: dict) -> None:
-    """Print a result for people."""
+def lines_of(result: dict) -> Iterator[str]:
+    """A result for people."""
     for line in result.get("checkpoints", []):
         moved = "-" if line["moved"] is None else f"{line['moved']:.2e}"
-        print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} "
-              f"values  {','.join(line['dtypes'])}  moved {moved}")
+        yield (f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  "
+               f"{line['parameters']:>13,} values  {','.join(line['dtypes'])}  moved {moved}")
     for line in result.get("trials", []):
-        print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
+        yield f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}"
     for line in result.get("outputs", []):
-        print(f"{line['path']}: {line['scheme']} at step {line['at']}, "
-              f"{len(line['weights'])} checkpoints")
-    outside = [result, *result.get("checkpoints", [])]
-    for text in dict.fromkeys(", ".join(part.get("left_out", [])[:8]) for part in outside):
-        if text:
-            print(f"left out: {text}")
-    if result.get("passed_over"):
-        print(f"passed over: {', '.join(result['passed_over'][:8])}"
-              f"{', ...' * (len(result['passed_over']) > 8)}")
+        yield (f"{line['path']}: {line['scheme']} at step {line['at']}, "
+               f"{len(line['weights'])} checkpoints")
+    parts = [result, *result.get("checkpoints", [])]
+    left_out = list(dict.fromkeys(name for part in parts for name in part.get("left_out", [])))
+    for kind, names in (("left out", left_out), ("passed over", result.get("passed_over"))):
+        if names:
+            yield f"{kind}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     if "seconds" in result:
-        print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
-              f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
+        yield (f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
+               f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
     if "sure" in result:
-        print(f"model {result['model']}\nbest: {result['best']}; {result['sure']}")
+        yield f"model {result['model']}\nbest: {result['best']}; {result['sure']}"
     for kind in ("problem", "note"):
         for text in result.get(f"{kind}s", []):
-            print(f"{kind}: {text}")
+            yield f"{kind}: {text}"
 
 
 def main(argv=None) -> int:
@@ -2136,12 +2114,12 @@ def main(argv=None) -> int:
             command.add_argument(*flags.split(), **how)
     with contextlib.suppress(AttributeError):  # a name may have bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
+    result = {}
     try:
         args = parser.parse_args(argv)
         result = run(args)
-        print(json.dumps(result, indent=1, default=str), flush=True) if args.json else show(result)
-        if sys.stdout:  # there is none where it was closed
-            sys.stdout.flush()
+        told = [json.dumps(result, indent=1, default=str)] if args.json else lines_of(result)
+        print(*told, sep="\n", flush=True)
     except BrokenPipeError:  # what reads it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -2150,7 +2128,7 @@ def main(argv=None) -> int:
     except (LawaError, OSError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
-    return 1 if result.get("problems") else 0
+    return 0 if result and not result.get("problems") else 1
 
 
 if __name__ == "__main__":
