@@ -1911,9 +1911,8 @@ Steps are read from names, never from their order: the number beside step, iter,
 or else epoch, or the only bare number. Metrics, rates, seeds, versions, parts, hashes and averages
 (best, last, ema) are none; what has two readings is refused, and told with --steps or --step-regex.
 
-Inputs are never changed. Floats are averaged in double precision and rounded once; integers come
-from the newest. NaN, Inf, duplicates and averages among the inputs are refused (--allow). Status:
-0 done, 1 the job failed or inspect found problems, 2 bad usage or input, 130 interrupted."""
+Inputs are never changed. Floats are averaged in double precision, integers come from the newest.
+Exit status: 0 done, 1 failed or inspect found problems, 2 bad usage or input, 130 interrupted."""
 
 def whole_numbers(text: str) -> list[int]:
     return [int(word) for word in text.replace(",", " ").split()]
@@ -1970,11 +1969,9 @@ def schemes_of(args) -> dict[str, Callable]:
     if args.weights is not None:
         texts["explicit"] = f"explicit([{args.weights}], {args.spacing})"
     if args.command == "average" and len(texts) > 1:
-        raise LawaError(f"average takes one of --scheme, -k and --weights, got {len(texts)}; use "
-                        "sweep for several")
+        raise LawaError("average takes one of --scheme, -k and --weights; sweep takes several")
     if args.spacing is not None and texts.keys().isdisjoint(("lawa", "explicit")):
-        raise LawaError("--spacing goes with -k or --weights; a --scheme has its own, as in "
-                        "lawa(k=5, spacing=100)")
+        raise LawaError("--spacing is for -k and --weights; a --scheme has its own: lawa(5, 100)")
     schemes = {name: parse_scheme(text) for name, text in texts.items()} or {"mean": swa()}
     if args.tokens_per_step is not None:
         for name, scheme in schemes.items():
@@ -2069,11 +2066,9 @@ def run(args) -> dict:
         if args.command != "sweep":
             at = trajectory.steps[-1] if args.at is None else args.at
             return average_files(trajectory, {args.out: (*schemes.values(), at)}, **options)
-        positive(every=args.every)
-        targets = [step for step in trajectory.steps if step % args.every == 0]
+        targets = [step for step in trajectory.steps if args.every > 0 and step % args.every == 0]
         if not targets:
-            raise LawaError(f"--every {args.every}: no multiple of it among the steps "
-                            f"{some(trajectory.steps)}")
+            raise LawaError(f"--every {args.every} takes none of steps {some(trajectory.steps)}")
         return sweep_files(trajectory, schemes, targets, args.out, **options)
 
 
