@@ -1674,9 +1674,9 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
     middle = max(w.k for w in windows if w.k <= sorted(ks)[len(ks) // 2])
     line = sorted((w for w in windows if w.k == middle), key=spans.get)
     places = np.geomspace(1, len(line), budget // 2).round().astype(int)
-    most = gain(best_of([run, *(line[place - 1] for place in places)]))["gain"]
-    # what loses more than the best one gains is too wide for the model
+    best = best_of([run, *(line[place - 1] for place in places)])
     gains = {w: gain(w)["gain"] for w in losses if w != run}
+    most = gain(best)["gain"]  # what loses more than this is too wide for the model
     model, top = propose(windows, {w: g for w, g in gains.items() if -most < g < math.inf})
     best = best_of([top] if top else [])
     if top in losses:
@@ -1765,15 +1765,15 @@ class Online:
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
         self.expect_own_weights()
-        (live, names), averaged = self.live(), self.average(*which)
-        weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
+        live, names = self.live()
+        averaged, own = self.average(*which), copied(live, {})
         self.inside = True
         with torch.no_grad():
             try:
                 torch._foreach_copy_([live[names[name]] for name in averaged], [*averaged.values()])
                 yield self.model
             finally:
-                torch._foreach_copy_(weights, own)
+                torch._foreach_copy_(list(live.values()), list(own.values()))
                 self.inside = False
 
     def expect_own_weights(self) -> None:
@@ -1833,9 +1833,9 @@ class LAWA(Online):
 class EMA(Online):
     """e <- e + (1 - beta)(w - e) every `every` steps since `start`, begun at the first w.
 
-    One beta or several in one pass; kept in `dtype` (default float32, wider where the model is), on
-    the parameters' device. In float32 it strays from the closed form by up to 1 / (1 - beta) / 2
-    ulp, as every such EMA does; float64 agrees to 1 ulp. What does not move keeps its bits.
+    One beta or several in one pass, or those of a loaded state; in `dtype` (default float32, wider
+    where the model is). In float32 it strays from the closed form by up to 1 / (1 - beta) / 2 ulp,
+    as every such EMA does; float64 agrees to 1 ulp. What does not move keeps its bits.
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
@@ -2022,11 +2022,11 @@ def inspect(trajectory: Trajectory) -> dict:
 def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:
     """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads its last
     line, which must be numbers and nothing else, or group 1 of the last match of `pattern`."""
-    with explained("expected --command 'program {}', {} for the checkpoint's path, and --pattern "
-                   f"'val loss (\\S+)' or none, got {command!r} and {pattern!r}"):
+    with explained("expected --command 'program {}' and --pattern 'val loss (\\S+)' or none, got "
+                   f"{command!r} and {pattern!r}"):
         words = shlex.split(command)
         if "{}" not in command or (pattern and not re.compile(pattern).groups):
-            raise ValueError("no {}, or no group in the pattern")
+            raise ValueError("no {}, where the checkpoint's path goes, or no group, as (\\S+)")
 
     def evaluate(state):
         with tempfile.TemporaryDirectory() as folder:
@@ -2042,9 +2042,9 @@ def validation(command: str, pattern: str | None = None) -> Callable[[dict], lis
             losses = [float(word) for word in told]
         if done.returncode or not losses:
             said = (done.stderr.strip() if done.returncode else last)[-200:]
-            raise JobFailed(f"the validation command exited with {done.returncode} and {said!r}; "
-                            "expected 0 and, alone on the last line, a loss or one per block, or "
-                            "--pattern 'val loss (\\S+)' where it is")
+            raise JobFailed(f"the validation command exited with {done.returncode} and printed "
+                            f"{said!r}; expected 0 and a last line of a loss, or one per block, "
+                            "alone; or say where it is with --pattern 'val loss (\\S+)'")
         return losses
     return evaluate
 
