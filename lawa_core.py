@@ -1796,7 +1796,7 @@ class Online:
         other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
         if state.get("kind") != kind or other:
             raise LawaError(f"expected the state of {kind} for this model, got that of "
-                            f"{state.get('kind')}; names or shapes that differ: {some(other)}")
+                            f"{state.get('kind')}; tensors that differ: {some(other) or 'none'}")
         devices = {name: self.place or tensor.device for name, tensor in live.items()}
         self.held = copied(state["held"], devices)
 
