@@ -2041,7 +2041,7 @@ def validation(command: str, pattern: str | None = None) -> Callable[[dict], lis
         with contextlib.suppress(ValueError, TypeError):  # words, a group that is not there
             losses = [float(word) for word in told]
         if done.returncode or not losses:
-            said = (done.stderr.strip() if done.returncode else last)[-200:]
+            said = ((done.stderr.strip() if done.returncode else "") or last)[-200:]
             raise JobFailed(f"the validation command exited with {done.returncode} and printed "
                             f"{said!r}; expected 0 and a last line of a loss, or one per block, "
                             "alone; or say where it is with --pattern 'val loss (\\S+)'")
