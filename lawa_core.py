@@ -1626,8 +1626,7 @@ def propose(windows: Mapping, known: Mapping) -> tuple[str, lawa | None]:
     model = (f"from {len(known)} evaluations: noise {noise:.2g} nats, relaxation {tau:.2g} steps, "
              f"drift {drift:.1g} nats per step; ")
     if noise == 0 or miss > max(gains) / 4:
-        model += f"cannot tell: it sees no noise, or misses the gains, by {miss:.2g} nats"
-        return model, None
+        return f"{model}cannot tell: no noise, or gains missed, by {miss:.2g} nats", None
     top = max(windows, key=expected.get)
     return f"{model}predicts best {top}, gain {expected[top]:+.4f}", top
 
@@ -1638,56 +1637,51 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
 
     source: what `open_trajectory` takes; evaluate: {name: tensor} -> loss, or the losses of equally
     many blocks, paired, so that the answer has a standard error; NaN is worst; at: default newest.
-    Gain over span k * spacing is an inverted U (2507.17634): so a bisection over spans at the
-    middle k, then what a model fitted to these proposes, then other windows of the best span.
+    Gain over span k * spacing is an inverted U (2507.17634): half of the budget goes to a grid of
+    spans, in equal ratios, at the middle k, one evaluation to what a model fitted to these
+    proposes, the rest to windows of the spans nearest to the best.
     Returns {"best": scheme, "gain", "gain_se", "sure": text, "model": text, "trials": [{"scheme",
     "loss", "gain", "gain_se"}]}.
     """
     trajectory = open_trajectory(source, key)
     positive(budget=budget)
     at = trajectory.steps[-1] if at is None else at
-    run, losses = newest(), {}  # {scheme: (blocks,)}
-
-    def loss(scheme) -> float:
-        if scheme not in losses and len(losses) < budget:
-            found = evaluate(average(trajectory, scheme, at))
-            losses[scheme] = np.atleast_1d(np.asarray(found, float))
-        mean = losses[scheme].mean() if scheme in losses else math.inf
-        return math.inf if math.isnan(mean) else float(mean)
-    loss(run)
     windows = {}  # {scheme: its weights}
-    for k, step in product(ks, trajectory.steps):
-        with contextlib.suppress(LawaError):  # not all of its checkpoints are there
-            weights = row(lawa(k, at - step), trajectory.steps, at)
-            if len(weights) == k:
-                windows[lawa(k, at - step)] = weights
+    for k, before in product(ks, trajectory.steps):
+        spacing = at - before
+        window = [at - n * spacing for n in range(k)]
+        if spacing > 0 and set(window).issubset(trajectory.steps):
+            windows[lawa(k, spacing)] = equal(window)
     if not windows:
         raise LawaError(f"no window of {ks[0]} or more evenly spaced checkpoints ends at step "
                         f"{at}; there are {some(trajectory.steps)}")
-    middle = sorted(ks)[len(ks) // 2]
-    line = [w for w in windows if w.k == middle] or list(windows)
-    line.sort(key=lambda w: w.k * w.spacing)
-    while len(line) > 1 and len(losses) <= budget - len(ks):
-        half = (len(line) + 1) // 2
-        line = line[:half] if loss(line[half - 1]) <= loss(line[half]) else line[half:]
-    best = min(losses.keys() - {run} or {line[0]}, key=loss)
-    gains = {w: loss(run) - loss(w) for w in losses if w != run}
-    # what loses more than the best one gains is too wide for the model
-    known = {w: more for w, more in gains.items() if loss(best) - loss(run) < more < math.inf}
-    model, top = propose(windows, known)
-    best = min(best, top or best, key=loss)
-    if top in losses:
-        model += f", measured {loss(run) - loss(top):+.4f}"
-    span = best.k * best.spacing
-    for scheme in sorted(windows, key=lambda w: abs(math.log(w.k * w.spacing / span))):
-        loss(scheme)
-    best = min(losses, key=loss)
+    run, losses = newest(), {}  # {scheme: (blocks,)}
+
+    def best_of(schemes):
+        """Evaluate these as far as the budget goes; returns the best of all so far."""
+        for scheme in schemes:
+            if scheme not in losses and len(losses) < budget:
+                found = evaluate(average(trajectory, scheme, at))
+                losses[scheme] = np.atleast_1d(np.asarray(found, float))
+        return min(losses, key=lambda w: np.nan_to_num(losses[w].mean(), nan=math.inf))
 
     def gain(scheme, than=run) -> dict[str, float | None]:
         """How much lower the scheme's loss is, and the standard error over blocks."""
         gains = losses[than] - losses[scheme]
         error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
         return {"gain": float(gains.mean()), "gain_se": error}
+    spans = {run: 1} | {w: w.k * w.spacing for w in windows}
+    middle = max(w.k for w in windows if w.k <= sorted(ks)[len(ks) // 2])
+    line = sorted((w for w in windows if w.k == middle), key=spans.get)
+    places = np.geomspace(1, len(line), budget // 2).round().astype(int)
+    best = best_of([run, *(line[place - 1] for place in places)])
+    gains = {w: gain(w)["gain"] for w in losses if w != run}
+    most = gain(best)["gain"]  # what loses more than this is too wide for the model
+    model, top = propose(windows, {w: g for w, g in gains.items() if -most < g < math.inf})
+    best = best_of([top] if top else [])
+    if top in losses:
+        model += f", measured {gain(top)['gain']:+.4f}"
+    best = best_of(sorted(windows, key=lambda w: abs(math.log(spans[w] / spans[best]))))
     found = {"best": best, **gain(best)}
     sure = "no spread known: the validation gave one number per model; give one per block"
     if found["gain_se"] is not None:
@@ -1702,28 +1696,14 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
 
 # ---- 8. Online averages --------------------------------------------------------------------------
 
-def live_state(model) -> dict:
-    """{name: the model's own tensor}, looking through DDP, DataParallel and torch.compile."""
-    import torch
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
-               if isinstance(tensor, torch.Tensor)}  # what get_extra_state gives may be anything
-    refuse([f"{name} is complex, which is not averaged; keep two real tensors"
-            for name, tensor in tensors.items() if tensor.is_complex()])
-    return tensors
-
-
-def copied(tree, devices: Mapping | None = None):
-    """A deep copy of nested dicts of tensors; devices: {name of a tensor: where to}."""
-    copy = {}
+def copied(tree: Mapping, devices: Mapping) -> dict:
+    """A deep copy of nested dicts of tensors, each on the device of its name, if there is one."""
+    copy = dict(tree)
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            value = copied(value, devices)
+            copy[name] = copied(value, devices)
         elif hasattr(value, "device"):
-            value = value.to(devices[name] if devices else value.device, copy=True)
-        copy[name] = value
+            copy[name] = value.to(devices.get(name, value.device), copy=True)
     return copy
 
 
@@ -1732,17 +1712,30 @@ class Online:
 
     Nothing feeds back into training. held: all state, nested dicts with tensors by name.
     """
+    place = None  # the device of the state; None: the model's
+    inside = False  # of `swapped`
 
     def __init__(self, model, every: int, start: int, **held):
         positive(every=every)
         self.model, self.every, self.start, self.held = model, every, start, held
 
-    def live(self) -> dict:
-        """{name: the model's tensor}, tied ones once, without what compiling a part puts in."""
-        tensors = live_state(self.model)
-        first = first_names(tensors)
-        return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()
-                if first[name] == name}
+    def live(self) -> tuple[dict, dict]:
+        """({name here: the model's own tensor}, {name in the model: name here}).
+
+        Here tied tensors are one, and names lack what DDP, DataParallel and torch.compile put in.
+        """
+        import torch
+        model = self.model
+        wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+        while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
+            model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
+                   if isinstance(tensor, torch.Tensor)}  # an extra state may be anything
+        refuse([f"{name} is complex, which is not averaged; keep two real tensors"
+                for name, tensor in tensors.items() if tensor.is_complex()])
+        names = {name: first.replace("_orig_mod.", "")  # of a part that was compiled
+                 for name, first in first_names(tensors).items()}
+        return {names[name]: tensor for name, tensor in tensors.items()}, names
 
     def update(self, step: int) -> None:
         """Call after every optimizer.step() with the number of steps done.
@@ -1752,7 +1745,7 @@ class Online:
         self.expect_own_weights()
         due = step >= self.start and (step - self.start) % self.every == 0
         if due and step > self.held.get("step", -1):
-            live = self.live()
+            live, _ = self.live()
             floats = {name: t for name, t in live.items() if t.is_floating_point()}
             others = {name: t.to(self.place or t.device, copy=True) for name, t in live.items()
                       if name not in floats}  # of which an average keeps the newest
@@ -1761,24 +1754,26 @@ class Online:
 
     def average(self, *which) -> dict:
         """{name: fresh tensor} with the model's names and dtypes; of several betas, `which`."""
-        averaged = self.averaged(*which) | copied(self.held.get("others", {}))
-        first = first_names(live_state(self.model))
-        return {name: averaged[kept.replace("_orig_mod.", "")] for name, kept in first.items()}
+        if "step" not in self.held:
+            raise LawaError("nothing averaged yet: call update(step) first, from step `start` on")
+        live, names = self.live()
+        fresh = self.averaged(live, *which) | copied(self.held["others"], {})
+        return {name: fresh[here] for name, here in names.items()}
 
     @contextlib.contextmanager
     def swapped(self, *which):
         """Inside, the model holds the average; after, its own weights again, to the bit."""
         import torch
         self.expect_own_weights()
-        live, averaged = self.live(), self.averaged(*which) | self.held.get("others", {})
-        weights, own = list(live.values()), [tensor.clone() for tensor in live.values()]
+        live, names = self.live()
+        averaged, own = self.average(*which), copied(live, {})
         self.inside = True
         with torch.no_grad():
             try:
-                torch._foreach_copy_(weights, [averaged[name] for name in live])
+                torch._foreach_copy_([live[names[name]] for name in averaged], [*averaged.values()])
                 yield self.model
             finally:
-                torch._foreach_copy_(weights, own)
+                torch._foreach_copy_(list(live.values()), list(own.values()))
                 self.inside = False
 
     def expect_own_weights(self) -> None:
@@ -1790,22 +1785,20 @@ class Online:
     def state_dict(self) -> dict:
         """A copy of all state, for torch.save and a weights-only torch.load."""
         self.expect_own_weights()
-        shapes = {name: list(tensor.shape) for name, tensor in self.live().items()}
-        return {"kind": type(self).__name__, "shapes": shapes, "held": copied(self.held)}
+        shapes = {name: list(tensor.shape) for name, tensor in self.live()[0].items()}
+        held = copied(self.held, {})
+        return {"kind": type(self).__name__, "shapes": shapes, "held": held}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a copy of the state, to the same bits; LawaError if it is another model's."""
-        live, kind, theirs = self.live(), type(self).__name__, state.get("shapes", {})
+        live, kind, theirs = self.live()[0], type(self).__name__, state.get("shapes", {})
         shapes = {name: list(tensor.shape) for name, tensor in live.items()}
-        if state.get("kind") != kind or theirs != shapes:
-            other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
+        other = [name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)]
+        if state.get("kind") != kind or other:
             raise LawaError(f"expected the state of {kind} for this model, got that of "
-                            f"{state.get('kind')} for {len(theirs)} tensors, of other names or "
-                            f"shapes: {some(other)}")
+                            f"{state.get('kind')}; tensors that differ: {some(other) or 'none'}")
         devices = {name: self.place or tensor.device for name, tensor in live.items()}
         self.held = copied(state["held"], devices)
-    place = None  # the device of the state; None: the model's
-    inside = False  # inside `swapped`
 
 
 class LAWA(Online):
@@ -1831,10 +1824,8 @@ class LAWA(Online):
         torch._foreach_copy_(list(oldest.values()), list(floats.values()))  # its memory again
         window[step] = oldest
 
-    def averaged(self):
+    def averaged(self, live):
         steps = sorted(self.held["window"])[-self.k:]
-        if not steps:
-            raise LawaError("the window is empty: call update(step) first")
         opened = {step: from_memory(self.held["window"][step], f"step {step}") for step in steps}
         return state_dict(opened, Row(lawa(self.k), steps, steps[-1]), allow=ALLOW)
 
@@ -1842,42 +1833,32 @@ class LAWA(Online):
 class EMA(Online):
     """e <- e + (1 - beta)(w - e) every `every` steps since `start`, begun at the first w.
 
-    One beta or several in one pass; kept in `dtype` (default float32, wider where the model is), on
-    the parameters' device. In float32 it strays from the closed form by up to 1 / (1 - beta) / 2
-    ulp, as every such EMA does; float64 agrees to 1 ulp. What does not move keeps its bits.
+    One beta or several in one pass, or those of a loaded state; in `dtype` (default float32, wider
+    where the model is). In float32 it strays from the closed form by up to 1 / (1 - beta) / 2 ulp,
+    as every such EMA does; float64 agrees to 1 ulp. What does not move keeps its bits.
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
-        super().__init__(model, every, start, shadows={})
+        super().__init__(model, every, start, shadows={})  # {beta: {name: tensor}}
         self.betas, self.dtype = tuple(map(float, np.atleast_1d(betas))), dtype
-        if not self.betas:
-            raise LawaError("expected one beta or more, got none")
-        for beta in self.betas:
-            ema(beta)  # refuses a beta outside [0, 1)
+        for beta in self.betas or (None,):
+            ema(beta)  # refuses none, and one outside [0, 1)
 
     def take(self, step, floats):
         import torch
-        least = self.dtype or torch.float32
+        least, shadows = self.dtype or torch.float32, self.held["shadows"]
         values = [t.to(torch.promote_types(t.dtype, least)) for t in floats.values()]
-        for beta in self.betas:
-            shadow = self.held["shadows"].setdefault(beta, {})
-            if shadow:
-                torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
-            else:
-                shadow |= {name: value.clone() for name, value in zip(floats, values, strict=True)}
+        for beta, shadow in shadows.items():
+            torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
+        if not shadows:
+            for beta in self.betas:
+                shadows[beta] = dict(zip(floats, map(torch.clone, values), strict=True))
 
-    def averaged(self, beta: float | None = None):
-        beta = self.betas[0] if beta is None else beta
-        if beta not in self.held["shadows"]:
-            raise LawaError(f"no average for beta {beta} of {self.betas}; call update(step) first")
-        live, shadow = self.live(), self.held["shadows"][beta]
-        return {name: value.to(live[name].dtype, copy=True) for name, value in shadow.items()}
-
-    def load_state_dict(self, state):
-        betas = tuple(state["held"]["shadows"]) if state.get("kind") == "EMA" else ()
-        if not set(betas) <= set(self.betas):
-            raise LawaError(f"expected the state of an EMA with betas {self.betas}, got {betas}")
-        super().load_state_dict(state)
+    def averaged(self, live, beta: float | None = None):
+        beta, shadows = self.betas[0] if beta is None else beta, self.held["shadows"]
+        if beta not in shadows:
+            raise LawaError(f"no average for beta {beta}; there are {some(list(shadows))}")
+        return {n: t.to(live[n].dtype, copy=True) for n, t in shadows[beta].items()}
 
 
 class SWA(Online):
@@ -1897,10 +1878,8 @@ class SWA(Online):
                 lost[name] = lost.get(name, 0.0) + (before - part) + (value - (total - part))
         self.held["count"] += 1
 
-    def averaged(self):
-        if not self.held["count"]:
-            raise LawaError("nothing averaged yet: call update(step) from step `start` on")
-        live, means = self.live(), {}
+    def averaged(self, live):
+        means = {}
         for name, total in self.held["sums"].items():
             exact = total + self.held["lost"].get(name, 0.0)
             means[name] = (exact / self.held["count"]).to(live[name].dtype)
@@ -1913,12 +1892,11 @@ EXAMPLES = """examples
   lawa inspect runs/my-run                                       what is there, what is wrong
   lawa average ckpt_800.pt ckpt_900.pt ckpt_1000.pt -o avg.pt    the mean of these three
   lawa average runs/my-run -k 5 --spacing 1000 -o avg.safetensors
-  lawa average runs/my-run --scheme "ema(beta=0.99)" --at 20000 --dtype BF16 -o hf-folder
-  lawa sweep runs/my-run --scheme "lawa(5, 1000)" --scheme "decay(5000)" --every 1000 -o averages
   lawa average "out/checkpoint-*/unet" --blend 0.5 -o avg        half average, half newest
   lawa average a.pt b.pt c.pt --steps 100,200,300 -o avg.pt      where names do not tell the steps
+  lawa sweep runs/my-run --scheme "lawa(5, 1000)" --scheme "decay(5000)" --every 1000 -o averages
   lawa search runs/my-run --command "python validate.py {}"      prints the loss, or one per block
-  lawa export averages/lawa/ckpt_20000.safetensors --like hf-folder -o new-hf-folder
+  lawa export runs/my-run/ckpt_20000.pt --like hf-folder -o new-hf-folder
 
 schemes (spacing, every, start, window are in steps)
   lawa(k=5, spacing=100)              the mean of the k latest, spacing apart; else the k latest
@@ -1929,17 +1907,12 @@ schemes (spacing, every, start, window are in steps)
   explicit([0.2, 0.8])                these weights, the last for the newest, divided by their sum
   newest                              one checkpoint as it is
 
-steps are read from the names of files and folders, never from their order: the number beside step,
-iter, ckpt, checkpoint, or else epoch (checkpoint-500, iter_0000500, epoch=3-step=500, 12epoch,
-step_1k), or the only bare number (model_00500). Metrics, rates, seeds, versions, parts, hashes and
-names of averages (best, last, ema) are none. What can be read in two ways is refused, and told with
---steps 100,200 or --step-regex. docs/formats.md has a table of tools.
+Steps are read from names, never from their order: the number beside step, iter, ckpt, checkpoint
+or else epoch, or the only bare number. Metrics, rates, seeds, versions, parts, hashes and averages
+(best, last, ema) are none; what has two readings is refused, and told with --steps or --step-regex.
 
-Inputs are never changed. Names and shapes must agree; floats are averaged in double precision and
-rounded once; integers come from the newest; tied tensors stay tied. NaN, Inf, identical checkpoints
-and averages among the inputs are refused (--allow). An output appears when it is whole; a killed
-job begins anew. Exit status: 0 done, 1 the job failed or inspect found problems, 2 bad usage or
-input, 130 interrupted."""
+Inputs are never changed. Floats are averaged in double precision, integers come from the newest.
+Exit status: 0 done, 1 failed or inspect found problems, 2 bad usage or input, 130 interrupted."""
 
 def whole_numbers(text: str) -> list[int]:
     return [int(word) for word in text.replace(",", " ").split()]
@@ -1995,11 +1968,10 @@ def schemes_of(args) -> dict[str, Callable]:
         texts["lawa"] = f"lawa({args.k}, {args.spacing})"
     if args.weights is not None:
         texts["explicit"] = f"explicit([{args.weights}], {args.spacing})"
-    if len(texts) > len(args.scheme) + (not args.scheme):
-        raise LawaError("expected only one of --scheme, -k and --weights, got more")
+    if args.command == "average" and len(texts) > 1:
+        raise LawaError("average takes one of --scheme, -k and --weights; sweep takes several")
     if args.spacing is not None and texts.keys().isdisjoint(("lawa", "explicit")):
-        raise LawaError("--spacing goes with -k or --weights; a --scheme has its own, as in "
-                        "lawa(k=5, spacing=100)")
+        raise LawaError("--spacing is for -k and --weights; a --scheme has its own: lawa(5, 100)")
     schemes = {name: parse_scheme(text) for name, text in texts.items()} or {"mean": swa()}
     if args.tokens_per_step is not None:
         for name, scheme in schemes.items():
@@ -2018,12 +1990,11 @@ def schemes_of(args) -> dict[str, Callable]:
 def inspect(trajectory: Trajectory) -> dict:
     """What `lawa inspect` shows: size, types and norm at each step, and how far the weights moved
     (norm of the change since the checkpoint before, over the norm). Reads every byte once."""
-    rows, problems = [], check(trajectory)  # which lists what cannot be opened, and differs
+    problems = check(trajectory)  # which lists what cannot be opened, and differs
     opened, _ = open_steps(trajectory, trajectory.steps, ALLOW)
-    squares, changes = dict.fromkeys(opened, 0.0), dict.fromkeys(opened, 0.0)
+    squares, changes, rows = Counter(), Counter(), []
     with progress(sum(c.nbytes for c in opened.values()), "inspect", "B", unit_scale=True) as bar:
-        names = list(opened[max(opened)]) if opened else []
-        for name in names:
+        for name in dict.fromkeys(name for checkpoint in opened.values() for name in checkpoint):
             before = None
             for step, checkpoint in opened.items():
                 stored = checkpoint.data.get(name)
@@ -2051,33 +2022,29 @@ def inspect(trajectory: Trajectory) -> dict:
 def validation(command: str, pattern: str | None = None) -> Callable[[dict], list[float]]:
     """An `evaluate` that runs the command on a checkpoint file, without a shell, and reads its last
     line, which must be numbers and nothing else, or group 1 of the last match of `pattern`."""
-    with explained(f"--command {command!r}: not understood"):
+    with explained("expected --command 'program {}' and --pattern 'val loss (\\S+)' or none, got "
+                   f"{command!r} and {pattern!r}"):
         words = shlex.split(command)
-    if "{}" not in command:
-        raise LawaError(f"--command needs {{}} where the checkpoint's path goes, got {command!r}")
-    with explained(f"--pattern {pattern!r}: expected one with a group, as 'val loss (\\S+)'"):
-        if pattern and not re.compile(pattern).groups:
-            raise ValueError("no group")
+        if "{}" not in command or (pattern and not re.compile(pattern).groups):
+            raise ValueError("no {}, where the checkpoint's path goes, or no group, as (\\S+)")
 
     def evaluate(state):
         with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder) / "candidate.safetensors", state)
-            filled = [word.replace("{}", f"{folder}/candidate.safetensors") for word in words]
+            path = f"{folder}/candidate.safetensors"
+            save(path, state)
+            filled = [word.replace("{}", path) for word in words]
             done = subprocess.run(filled, capture_output=True, text=True, errors="replace")
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip()[-200:]
-            raise JobFailed(f"the validation command exited with {done.returncode} and printed "
-                            f"{said!r}")
-        told, losses = last.replace(",", " ").split(), []
+        losses, last = [], done.stdout.strip().rpartition("\n")[2]
+        told = last.replace(",", " ").split()
         if pattern:
             told = [match[1] for match in re.finditer(pattern, done.stdout)][-1:]
         with contextlib.suppress(ValueError, TypeError):  # words, a group that is not there
             losses = [float(word) for word in told]
-        if not losses:
-            raise JobFailed(f"the validation command's last line is {last[-200:]!r}; expected a "
-                            "loss, or one per block, and nothing else; or say where it is with "
-                            "--pattern 'val loss (\\S+)'")
+        if done.returncode or not losses:
+            said = ((done.stderr.strip() if done.returncode else "") or last)[-200:]
+            raise JobFailed(f"the validation command exited with {done.returncode} and printed "
+                            f"{said!r}; expected 0 and a last line of a loss, or one per block, "
+                            "alone; or say where it is with --pattern 'val loss (\\S+)'")
         return losses
     return evaluate
 
@@ -2090,56 +2057,45 @@ def run(args) -> dict:
     if args.command == "search":
         return search(trajectory, validation(args.run, args.pattern), args.at, args.budget)
     schemes = {"newest": newest()} if args.command == "export" else schemes_of(args)
-    with contextlib.ExitStack() as stack:
-        begun, bars = time.monotonic(), []
-
+    with progress(None, args.command, "B", unit_scale=True) as bar:
         def show(done, total):
-            if not bars and time.monotonic() - begun > 1:  # tqdm's import is not for short work
-                bars.append(stack.enter_context(
-                    progress(total, args.command, "B", unit_scale=True)))
-            for bar in bars:
-                bar.update(done - bar.n)
+            bar.total = total
+            bar.update(done - bar.n)
         options = {"dtype": args.dtype, "threads": args.threads, "allow": args.allow,
                    "like": args.like, "progress": show}
-        if args.command == "sweep":
-            positive(every=args.every)
-            targets = [step for step in trajectory.steps if step % args.every == 0]
-            if not targets:
-                raise LawaError(f"--every {args.every}: no multiple of it among the steps "
-                                f"{some(trajectory.steps)}")
-            return sweep_files(trajectory, schemes, targets, args.out, **options)
-        if len(schemes) > 1:
-            raise LawaError(f"average writes one average, got {len(schemes)} schemes; use sweep")
-        at = trajectory.steps[-1] if args.at is None else args.at
-        return average_files(trajectory, {args.out: (*schemes.values(), at)}, **options)
+        if args.command != "sweep":
+            at = trajectory.steps[-1] if args.at is None else args.at
+            return average_files(trajectory, {args.out: (*schemes.values(), at)}, **options)
+        targets = [step for step in trajectory.steps if args.every > 0 and step % args.every == 0]
+        if not targets:
+            raise LawaError(f"--every {args.every} takes none of steps {some(trajectory.steps)}")
+        return sweep_files(trajectory, schemes, targets, args.out, **options)
 
 
-def show(result: dict) -> None:
-    """Print a result for people."""
+def lines_of(result: dict) -> Iterator[str]:
+    """A result for people."""
     for line in result.get("checkpoints", []):
         moved = "-" if line["moved"] is None else f"{line['moved']:.2e}"
-        print(f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  {line['parameters']:>13,} "
-              f"values  {','.join(line['dtypes'])}  moved {moved}")
+        yield (f"step {line['step']:>9}  {line['bytes'] / 1e6:>10.1f} MB  "
+               f"{line['parameters']:>13,} values  {','.join(line['dtypes'])}  moved {moved}")
     for line in result.get("trials", []):
-        print(f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}")
+        yield f"loss {line['loss']:.5f}  gain {line['gain']:+.5f}  {line['scheme']}"
     for line in result.get("outputs", []):
-        print(f"{line['path']}: {line['scheme']} at step {line['at']}, "
-              f"{len(line['weights'])} checkpoints")
-    outside = [result, *result.get("checkpoints", [])]
-    for text in dict.fromkeys(", ".join(part.get("left_out", [])[:8]) for part in outside):
-        if text:
-            print(f"left out: {text}")
-    if result.get("passed_over"):
-        print(f"passed over: {', '.join(result['passed_over'][:8])}"
-              f"{', ...' * (len(result['passed_over']) > 8)}")
+        yield (f"{line['path']}: {line['scheme']} at step {line['at']}, "
+               f"{len(line['weights'])} checkpoints")
+    parts = [result, *result.get("checkpoints", [])]
+    left_out = list(dict.fromkeys(name for part in parts for name in part.get("left_out", [])))
+    for kind, names in (("left out", left_out), ("passed over", result.get("passed_over"))):
+        if names:
+            yield f"{kind}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     if "seconds" in result:
-        print(f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
-              f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
+        yield (f"read {result['bytes_read'] / 1e9:.2f} GB, wrote "
+               f"{result['bytes_written'] / 1e9:.2f} GB in {result['seconds']:.2f} s")
     if "sure" in result:
-        print(f"model {result['model']}\nbest: {result['best']}; {result['sure']}")
+        yield f"model {result['model']}\nbest: {result['best']}; {result['sure']}"
     for kind in ("problem", "note"):
         for text in result.get(f"{kind}s", []):
-            print(f"{kind}: {text}")
+            yield f"{kind}: {text}"
 
 
 def main(argv=None) -> int:
@@ -2153,12 +2109,12 @@ def main(argv=None) -> int:
             command.add_argument(*flags.split(), **how)
     with contextlib.suppress(AttributeError):  # a name may have bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
+    result = {}
     try:
         args = parser.parse_args(argv)
         result = run(args)
-        print(json.dumps(result, indent=1, default=str), flush=True) if args.json else show(result)
-        if sys.stdout:  # there is none where it was closed
-            sys.stdout.flush()
+        told = [json.dumps(result, indent=1, default=str)] if args.json else lines_of(result)
+        print(*told, sep="\n", flush=True)
     except BrokenPipeError:  # what reads it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -2167,7 +2123,7 @@ def main(argv=None) -> int:
     except (LawaError, OSError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
-    return 1 if result.get("problems") else 0
+    return 0 if result and not result.get("problems") else 1
 
 
 if __name__ == "__main__":
