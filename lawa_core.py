@@ -1910,8 +1910,11 @@ schemes (spacing, every, start, window are in steps)
 Steps are read from names, never from their order: the number beside step, iter, ckpt, checkpoint
 or else epoch, or the only bare number. Metrics, rates, seeds, versions, parts, hashes and averages
 (best, last, ema) are none; what has two readings is refused, and told with --steps or --step-regex.
+docs/formats.md has the grammar and a table of tools.
 
-Inputs are never changed. Floats are averaged in double precision, integers come from the newest.
+Inputs are never changed. Floats are averaged in double precision, integers come from the newest,
+tied tensors stay tied. NaN, Inf, identical checkpoints and averages among the inputs are refused
+(--allow). An output appears when it is whole; a killed job begins anew.
 Exit status: 0 done, 1 failed or inspect found problems, 2 bad usage or input, 130 interrupted."""
 
 def whole_numbers(text: str) -> list[int]:
@@ -2112,7 +2115,8 @@ def main(argv=None) -> int:
     result = {}
     try:
         args = parser.parse_args(argv)
-        result = run(args)
+        with contextlib.redirect_stdout(sys.stderr):  # progress; the result alone can be piped
+            result = run(args)
         told = [json.dumps(result, indent=1, default=str)] if args.json else lines_of(result)
         print(*told, sep="\n", flush=True)
     except BrokenPipeError:  # what reads it has seen enough

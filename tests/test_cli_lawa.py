@@ -125,6 +125,19 @@ def test_pt_in_and_out_with_key(tmp_path):
     assert "nothing" in line and "ckpt_1" in line
 
 
+def test_progress_goes_beside_the_result(run, monkeypatch, capsys):
+    inspect = lawa_core.inspect
+
+    def slow(trajectory):
+        print("inspect: 1 of 2, 1 left")  # as `progress` does where there is no terminal
+        return inspect(trajectory)
+
+    monkeypatch.setattr(lawa_core, "inspect", slow)
+    assert lawa_core.main(["inspect", *map(str, run), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["checkpoints"] and "1 of 2" in printed.err
+
+
 def test_json_describes_the_output(run, tmp_path):
     out = tmp_path / "out.safetensors"
     report = json.loads(good("average", *run, "-o", out, "--weights", "0.25,0.75", "--json"))
