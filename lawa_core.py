@@ -968,71 +968,60 @@ def checkpoint_name(step: int) -> str:
     return f"ckpt_{step}.safetensors"
 
 
-# A step in a name is the number behind one of these words, or in front of it (12epoch); the finest
-# counts.
+# A step is the number behind one of the first words, or in front of one of the second (12epoch);
+# the finest kind of word counts.
 KEYS = {
-    "step": r"(?:global[-_]?)?step|iteration|iter|it|update|ba",
-    "checkpoint": r"checkpoint|ckpt",
-    "epoch": r"epoch|ep",
+    "step": ("(?:global[-_]?)?step|iteration|iter|it|update|ba", "step|iteration|iter|update"),
+    "checkpoint": ("checkpoint|ckpt", "checkpoint|ckpt"),
+    "epoch": ("epoch|ep", "epoch|ep"),
 }
-NUMBER = r"(\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4, 1e+06
-AFTER = {kind: re.compile(rf"(?<![a-z])(?:{words})s?[-_=. ]?{NUMBER}(?![a-z\d]|[.,]\d)")
-         for kind, words in KEYS.items()}
-BEFORE = {kind: re.compile(rf"(?<![a-z\d.,]){NUMBER}[-_]?(?:{words})s?(?![a-z])")
-          for kind, words in (KEYS | {"step": "step|iteration|iter|update"}).items()}
-WORDS = f"(?:{'|'.join(KEYS.values())})s?"
+NUMBER = r"\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?"  # also 10k, 1.5M, 1e4, 1e+06
+END = r"(?![a-z\d]|[.,]\d|-of-\d)"
+EXPONENTS = {ord("k"): "e3", ord("m"): "e6"}
+WORDS = f"(?:{'|'.join(first for first, _ in KEYS.values())})s?"
 METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
-NOISE = re.compile(rf"""
-    (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
-    | \d+-of-\d+                                              # parts
-    | (?<![a-z]) (?:
-        (?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_{WORDS}
-        | {METRICS} | [a-z]*(?:rank|seed|size|tokens?)
-        | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
-        | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
-    ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])
-    """, re.VERBOSE)
-# Averages, and links to one of the others: their number is of something else
-AVERAGES = re.compile(
-    r"(?<![a-z])(?:best|last|latest|avg|ave|average|averaged|swa|ema|soup|merged)(?![a-z])")
-OTHER = re.compile(  # decimals and hashes
-    r"\d+\.\d+(?![kme\d])|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}|"
-    r"(?<![a-z\d])(?=[\da-f]*\d[a-f])[\da-f]{7,40}(?![a-z\d])")
+TOKENS = {  # what a name is made of: at each place the first that fits
+    # an average, or a link to one of the others: its number is of something else
+    "average": "(?<![a-z])(?:best|last|latest|avg|ave(?:raged?)?|swa|ema|soup|merged)(?![a-z])",
+    "noise": rf"""
+        (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
+        | \d+-of-\d+                                              # parts
+        | (?<![a-z]) (?:
+            (?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_{WORDS}
+            | {METRICS} | [a-z]*(?:rank|seed|size|tokens?)
+            | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
+            | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
+        ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])""",
+    **{kind: rf"""
+        (?<![a-z]) (?:{first})s? [-_=. ]? {NUMBER} {END} (?:(?:[-_]\d+)+(?![a-z\d.]|-of-\d))?
+        | (?<![a-z\d.,]) {NUMBER} [-_]? (?:{second})s? (?![a-z]|[-_=. ]?\d)"""
+       for kind, (first, second) in KEYS.items()},
+    "other": r"""
+        \d+\.\d+(?![kme\d]|-of-\d)                                # decimals
+        | [\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}                # hashes
+        | (?<![a-z\d]) (?=[\da-f]*\d[a-f]) [\da-f]{7,40} (?![a-z\d])""",
+    "alone": rf"(?<![a-z\d%]){NUMBER}(?![a-z\d])",
+    "joined": rf"(?<![a-z\d])[a-z]+\d+{END}",
+}
+TOKEN = re.compile("|".join(f"(?P<{kind}>{text})" for kind, text in TOKENS.items()), re.VERBOSE)
 
 
 @functools.cache  # a run's names are read again whenever it is opened
 def read_name(name: str) -> tuple[str, list[int]]:
     """(what its numbers count: step, checkpoint, epoch or nothing; the steps it may mean)."""
-    stem = name.lower()
+    stem, found = name.lower(), {}
     while stem.endswith(SUFFIXES):
         stem = stem.rpartition(".")[0]
-    if AVERAGES.search(stem):
-        return "", []
-    stem = NOISE.sub("~", stem)
-    rest = stem  # without what AFTER finds: in epoch=1-step=500 no 1 is in front of a step
-    for pattern in AFTER.values():
-        rest = pattern.sub("~", rest)
-    for kind in KEYS:
-        found = []
-        for match in AFTER[kind].finditer(stem):
-            more = re.match(r"(?:[-_]\d+)*(?![a-z\d.])", stem[match.end():])
-            found += map(number, (match[1], *re.findall(r"\d+", more[0] if more else "")))
-            if match[0].startswith("checkpoint_") and len(found) == 2 and found[0] <= found[1]:
-                return "step", [found[1]]  # fairseq's epoch and update
-        found = found or [number(match[1]) for match in BEFORE[kind].finditer(rest)]
-        if found:
-            return kind, sorted(set(found))
-    rest = OTHER.sub("~", stem)
-    alone = re.findall(rf"(?<![a-z\d%]){NUMBER}(?![a-z\d])", rest)
-    found = alone or re.findall(r"(?<![a-z\d])[a-z]+(\d+)(?![a-z\d])", rest)
-    return "", sorted(set(map(number, found)))
-
-
-def number(text: str) -> int:
-    """10k is 10,000, 1.5M is 1,500,000, 1e4 and 1e+04 are 10,000."""
-    if text.isdigit():
-        return int(text)
-    return round(float(text.rstrip("km")) * {"k": 1e3, "m": 1e6}.get(text[-1], 1))
+    for token in TOKEN.finditer(stem):
+        kind, texts = token.lastgroup, re.findall(NUMBER, token[0])
+        numbers = [int(t) if t.isdigit() else round(float(t.translate(EXPONENTS))) for t in texts]
+        if token[0].startswith("checkpoint_") and len(numbers) == 2 and numbers == sorted(numbers):
+            kind, numbers = "step", numbers[1:]  # fairseq's epoch and update
+        found.setdefault(kind, set()).update(numbers)
+    for kind in ("average", *KEYS, "alone", "joined"):
+        if kind in found:
+            return kind if kind in KEYS else "", sorted(found[kind])
+    return "", []
 
 
 def read_path(path: Path) -> tuple[str, list[int]]:
