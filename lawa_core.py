@@ -401,7 +401,8 @@ WEIGHTS = [f"{name}{end}" for name in (
 ) for end in ("", ".index.json")]
 COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe", "vocab*",
           "merges*")  # beside the weights
-NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
+# Where a .pt keeps the weights; the first is Lightning's, beside their average.
+NESTED = ("current_model_state", "model", "state_dict", "model_state_dict", "module")
 NOT_WEIGHTS = re.compile(r"""  # names of files, folders and groups of tensors
     (?<!model_)(?<!model_and_)optim | ^opt$ | sched | (?<!up)scaler | (?<!optim_)rng | dataloader
     | training_args | trainer | ^resume(?![a-z]) | ^(train(_state)?|other)(\.pt)?$ | ^state_\d+\.pt$
@@ -424,11 +425,11 @@ class Stored:
     def __init__(self, dtype, shape, path, read: Callable[[int, int], np.ndarray]):
         self.dtype = CODES.get(str(dtype), str(dtype))
         if self.dtype not in DTYPES:
-            raise LawaError(f"{path}: a tensor of type {dtype} cannot be averaged; expected "
-                            f"{', '.join(DTYPES)}")
+            raise LawaError(f"{path} holds {dtype}; expected one of {', '.join(DTYPES)}")
         self.shape, self.path, self.read = tuple(shape), str(path), read
         self.itemsize, self.numel = np.dtype(DTYPES[self.dtype][0]).itemsize, math.prod(shape)
         self.nbytes = self.numel * self.itemsize
+        self.kind = f"{'float' if self.dtype in FLOATS else self.dtype} {list(shape)}"
 
     def tensor(self, data: np.ndarray):
         """All its bytes as a torch.Tensor on the same memory."""
@@ -452,8 +453,7 @@ class Checkpoint(UserDict):
         if not stored:
             raise LawaError(f"{path} holds no tensors; expected a model's weights")
         if "__metadata__" in stored:
-            raise LawaError(f"{path}: a tensor is called __metadata__, a name that safetensors "
-                            "keeps for itself; rename it")
+            raise LawaError(f"{path} holds __metadata__, which no tensor may be called; rename it")
         self.dtypes = {name: one.dtype for name, one in stored.items()}
         self.shapes = {name: one.shape for name, one in stored.items()}
         self.nbytes = sum(one.nbytes for one in set(stored.values()))
@@ -473,9 +473,10 @@ class Checkpoint(UserDict):
         """sha256 over 64 bytes from the middle of every tensor: equal for identical weights."""
         digest = hashlib.sha256()
         for name in sorted(self.data.keys() - self.ties.keys()):
-            middle = max(self.data[name].nbytes - 64, 0) // 16 * 8
+            stored = self.data[name]
+            middle = max(stored.nbytes - 64, 0) // 16 * 8
             digest.update(name.encode(errors="surrogatepass"))
-            digest.update(self.data[name].read(middle, min(middle + 64, self.data[name].nbytes)))
+            digest.update(stored.read(middle, min(middle + 64, stored.nbytes)))
         return digest.hexdigest()
 
     def equals(self, other: Checkpoint) -> bool:
@@ -509,48 +510,38 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
         found = open_hf(path, key)
     else:
         found = open_file(path, key)
-    bare = [WRAPPERS.sub("", name) for name in found]
-    refuse([f"{path} holds {name} with and without a wrapper's prefix; keep one"
-            for name, count in Counter(bare).items() if count > 1])
-    if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
-        stored = dict(zip(bare, found.data.values(), strict=True))
-        found = Checkpoint(path, stored, found.metadata, found.left_out, found.put_back)
+    bare = {WRAPPERS.sub("", name): stored for name, stored in found.data.items()}
+    if all(map(WRAPPERS.match, found)) and len(bare) == len(found):  # a wrapper prefixes all names
+        found = Checkpoint(path, bare, found.metadata, found.left_out, found.put_back)
     scaled = {name.rpartition(".")[0] for name in found if SCALES.search(name)}
     for name, stored in found.data.items():
         if stored.shape == (0,):
             raise LawaError(f"{path}: {name} has shape [0], a placeholder of sharded training; put "
-                            "the model together first (DeepSpeed: zero_to_fp32.py; FSDP: save the "
-                            "full state dict)")
+                            "the model together first (zero_to_fp32.py, a full state dict)")
         integer = stored.dtype not in (*FLOATS, "BOOL", "I64") and len(stored.shape) > 1
         if integer and scaled & {name, name.rpartition(".")[0]}:
-            raise LawaError(f"{path}: {name} is quantised ({stored.dtype} with scales beside it), "
-                            "which cannot be averaged; average the checkpoints it was made from")
+            raise LawaError(f"{path}: {name} is quantised, {stored.dtype} with scales beside it; "
+                            "average the checkpoints it was made from")
     return found
 
 
 def whole_model(path: Path) -> None:
     """Refuse a file or folder that is one of the parts of a split model."""
-    if path.is_file() and "-of-" in path.name and PART.search(path.name):
-        raise LawaError(f"{path} is one of several parts of a model; give the folder with them "
-                        "and their index")
     for level in (path, *path.parents[:2]):  # such as tp_rank_0/weights/model.pt
         rankless = PART.sub("#", level.name)
         if rankless != level.name:
-            for other in level.absolute().parent.iterdir():
-                if PART.sub("#", other.name) == rankless and other.name != level.name:
-                    raise LawaError(
-                        f"{level} is one rank's part of a model that was split, {other.name} is "
-                        "another; put them together first with what trained it (for DeepSpeed its "
-                        "zero_to_fp32.py)")
+            beside = level.absolute().parent.iterdir()
+            alike = [other for other in beside if PART.sub("#", other.name) == rankless]
+            if len(alike) > 1 or (level.is_file() and "-of-" in level.name):
+                raise LawaError(f"{level} is one rank's part of a model that was split; give the "
+                                "folder with all parts and their index, or put them together first "
+                                "with what trained it (for DeepSpeed its zero_to_fp32.py)")
         if read_name(level.name)[0]:  # the step's own folder or file
             return
 
 
 def open_file(path: Path, key: str | None) -> Checkpoint:
     """A file by its name's ending."""
-    with open(path, "rb") as file:
-        if file.read(19) == b"version https://git":
-            raise LawaError(f"{path} is a pointer of git-lfs, not the file; run git lfs pull")
     if path.suffix == ".safetensors":
         if key not in (None, "."):
             raise LawaError(f"{path} has no keys to choose from, got --key {key}; leave it out")
@@ -587,10 +578,10 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
         stored |= part.data
         metadata |= part.metadata
     if places and found != places:
-        stale = next(name for name in (*places, *found) if places.get(name) != found.get(name))
+        stale, _ = min(places.items() ^ found.items())
         raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
     buffers = [name for name, one in stored.items() if is_buffer(name, one)]
-    others = [p.name for p in sorted(path.iterdir()) if p.name not in files and may_be_weights(p)
+    others = [p.name for p in candidates(path.iterdir()) if p.name not in files
               and (is_checkpoint(p) if p.is_dir() else "-of-" not in p.name)]
     left_out = [f"{name} (a buffer)" for name in buffers]
     left_out += [f"{name} (not the model's own file)" for name in others]
@@ -601,14 +592,12 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
 def is_buffer(name: str, stored: Stored) -> bool:
     """Is it a causal mask, its fill value or rotary frequencies, which some revisions have?"""
     end = name.rpartition(".")[2]
-    if end == "inv_freq" or (end == "masked_bias" and stored.numel == 1):
-        return True
-    if end != "bias" or len(stored.shape) < 2 or stored.numel != stored.shape[-1] ** 2:
+    if end != "bias":
+        return end == "inv_freq" or (end == "masked_bias" and stored.numel == 1)
+    if len(stored.shape) < 2 or stored.numel != stored.shape[-1] ** 2:
         return False
-    if stored.dtype in ("BOOL", "U8"):
-        return True
-    values = widen(stored.read(0, stored.nbytes), stored.dtype).reshape(stored.shape[-2:])
-    return stored.dtype in FLOATS and np.array_equal(values, np.tri(len(values)))
+    return stored.dtype in ("BOOL", "U8") or np.array_equal(
+        widen(stored.read(0, stored.nbytes), stored.dtype), np.tri(stored.shape[-1]).ravel())
 
 
 def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> np.ndarray:
@@ -631,7 +620,8 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors."""
     known, stored = STAMP(os.stat(path)), {}
     size = known[1]
-    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again"),
+    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again "
+                    "(git lfs pull)"),
           open(path, "rb") as file):
         base = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(base - 8, size)))
@@ -659,24 +649,25 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([argparse.Namespace])):  # a trainer's arguments
             blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
+    except Exception as error:  # whose text goes on to advise what would run the file's code
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run "
                             "code; save the state dict alone") from None
-        reason = (str(error) or "empty").splitlines()[0]
-        if "weights_only" in reason:  # torch goes on to advise what would run the file's code
-            reason = "no file of tensors"
-        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); copy it again, or save "
-                        "a state dict alone") from None
+        raise LawaError(f"{path}: no readable torch checkpoint ({type(error).__name__}); copy it "
+                        "again (git lfs pull), or save a state dict alone") from None
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
-        tree = dict(leaves(blob, path))
-    tensors = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
+        found = list(leaves(blob))
+    twice = Counter(".".join(place) for place, _ in found)
+    refuse([f"{path} holds {name!r} more than once, such as 0 and '0'; rename one"
+            for name, count in twice.items() if count > 1])
+    tree = dict(found)
+    tensors = [place for place, value in found if isinstance(value, torch.Tensor)]
     prefix, names, outside = weights_of(tensors, key, path)
     # what is no tensor among the weights, such as a module's extra state
-    extra = {".".join(place[len(prefix):]): value for place, value in tree.items()
+    extra = {".".join(place[len(prefix):]): value for place, value in found
              if place[:len(prefix)] == prefix and not isinstance(value, torch.Tensor)
              and (prefix or "_extra_state" in place[-1])}
     # what is beside the weights, but for other groups of tensors
@@ -689,24 +680,23 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         for name in reversed(prefix):  # current_model_state has become an average
             state = {"state_dict" if name == "current_model_state" else name: state}
         return rest | state
-    found = from_memory({name: tree[place] for place, name in names.items()}, path)
-    found.left_out, found.put_back = outside + [f"{name} (no tensor)" for name in extra], put_back
+    weights = from_memory({name: tree[place] for place, name in names.items()}, path)
+    weights.left_out = outside + [f"{name} (no tensor)" for name in extra]
+    weights.put_back = put_back
     if sidecar(path).exists():
-        found.metadata["lawa"] = sidecar(path).read_text()
-    return found
+        weights.metadata["lawa"] = sidecar(path).read_text()
+    return weights
 
 
-def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
+def leaves(tree: Mapping, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
     import torch
-    if len(set(map(str, tree))) < len(tree):
-        raise LawaError(f"{origin} holds a name as text and as a number; rename one")
     for name, value in tree.items():
         inside = value if isinstance(value, (list, tuple)) else ()
         if any(isinstance(one, (torch.Tensor, Mapping, list, tuple)) for one in inside):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
-            yield from leaves(value, origin, (*above, str(name)))
+            yield from leaves(value, (*above, str(name)))
         else:
             yield (*above, str(name)), value
 
@@ -719,29 +709,22 @@ def weights_of(tensors, key: str | None, origin):
     optimizers. Returns (the keys that lead to them, {place: name}, in words what is left out).
     """
     groups = Counter(place[0] for place in tensors if len(place) > 1)
-    known = [name for name in ("current_model_state", *NESTED) if name in groups]
+    known = [name for name in NESTED if name in groups]
     others = [name for name in groups if not NOT_WEIGHTS.search(name)]
-    prefix = None
     if key is not None:
-        for keys in ((key,), tuple(key.split("."))) if key != "." else ((),):
-            if any(place[:len(keys)] == keys != place for place in tensors):
-                prefix = keys
-    elif known[:1] == ["current_model_state"] or len(known) == 1:
-        prefix = (known[0],)
-    elif not others:
-        prefix = ()
-    if prefix is None:
+        prefix = () if key == "." else tuple(key.split("."))
+    else:
+        prefix = tuple(known[:1]) if len(known) == 1 or "current_model_state" in known else ()
+    under = [place for place in tensors if place[:len(prefix)] == prefix != place]
+    if (prefix and not under) or (key is None and not prefix and others):
         held = [f"{name} ({count} tensors)" for name, count in groups.items()]
         held += [place[0] for place in tensors if len(place) == 1][:6]
         what = f"a state dict under {key!r}" if key is not None else f"one of {', '.join(NESTED)}"
-        offer = known or others or list(groups)
-        if offer:
-            what += f"; say which with --key {offer[-1]}, or --key . for all"
-        raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}")
-    names = {place: ".".join(place[len(prefix):]) for place in tensors
-             if place[:len(prefix)] == prefix and (prefix or key == "." or len(place) == 1)}
-    refuse([f"{origin} holds {name} as one name and as nested ones; rename one"
-            for name, count in Counter(names.values()).items() if count > 1])
+        offer = (known or others or [*groups, "NAME"])[-1]
+        raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}; say "
+                        f"which with --key {offer}, or --key . for all")
+    names = {place: ".".join(place[len(prefix):]) for place in under
+             if prefix or key == "." or len(place) == 1}
     outside = Counter(place[0] for place in tensors if place not in names)
     return prefix, names, [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
 
@@ -754,15 +737,16 @@ def from_memory(tensors: Mapping, origin) -> Checkpoint:
     import torch
     kept = {name: torch.as_tensor(value).detach() for name, value in tensors.items()
             if isinstance(value, (torch.Tensor, np.ndarray))}
-    stored = {}
     for name, value in kept.items():
-        whole = type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested
-        if not whole or value.layout != torch.strided or value.is_meta:
+        whole = type(value) is torch.Tensor and not value.is_nested and not value.is_meta
+        if not whole or value.layout != torch.strided:
             raise LawaError(f"{origin}: {name} is a tensor without plain values (sparse, nested, "
                             "meta, distributed or quantised); save it dense and whole")
+    stored = {}
     for name, first in first_names(kept).items():
-        read = functools.partial(read_tensor, kept[name])
-        stored[name] = stored.get(first) or Stored(kept[name].dtype, kept[name].shape, origin, read)
+        value = kept[name]
+        read = functools.partial(read_tensor, value)
+        stored[name] = stored.get(first) or Stored(value.dtype, value.shape, origin, read)
     return Checkpoint(origin, stored)
 
 
@@ -809,14 +793,14 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
         if tensor is None:
             held.clear()
             tensor = torch.empty(info.size, dtype=info.properties.dtype)
-            with explained(f"{folder}: cannot read {name}"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that this is one process
+            with (explained(f"{folder}: cannot read {name}"),
+                  warnings.catch_warnings(action="ignore")):  # that this is one process
                 dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
             held[name] = tensor
         return read_tensor(tensor, start, stop)
     stored = {}
     for keys, name in own.items():
-        _, info = tensors[keys]
+        info = tensors[keys][1]
         reader = functools.partial(read, *tensors[keys])
         stored[name] = Stored(info.properties.dtype, info.size, folder, reader)
     return Checkpoint(folder, stored, left_out=outside)
@@ -838,8 +822,7 @@ def unpickled_index(path: Path):
     class Index(pickle.Unpickler):
         def find_class(self, module, name):
             if name not in plain.get(module, ()):
-                raise LawaError(f"{path}: refused, it holds {module}.{name}, and unpickling that "
-                                "could run code")
+                raise LawaError(f"{path}: refused, {module}.{name} in it could run code")
             return super().find_class(module, name)
     with open(path, "rb") as file:
         return Index(file).load()
@@ -872,8 +855,7 @@ def sole_writer(path: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise JobFailed(f"another job is writing {path}; wait until it is done, or choose "
-                            "another output") from None
+            raise JobFailed(f"another job is writing {path}; wait, or choose another") from None
         except OSError:
             pass  # a file system without locks
         try:
@@ -1098,8 +1080,8 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         if paths[0].is_dir():
             paths, over = inside_run(paths[0], step_regex)
         elif not paths[0].exists():
-            found = map(Path, sorted(glob.glob(str(source), recursive=True)))
-            paths = [path for path in found if weights_in(path)]
+            found = map(Path, glob.glob(str(source), recursive=True))
+            paths = [path for path in candidates(found) if weights_in(path)]
     else:
         name, paths = "the list", [Path(path) for path in source]
         refuse([f"no such checkpoint: {path}" for path in paths if not path.exists()])
@@ -1118,11 +1100,8 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     else:
         readings = read_steps(paths, step_regex)
     if any(len(found) != 1 for _, found in readings) or len({kind for kind, _ in readings}) > 1:
-        common = os.path.commonpath([path.absolute().parent for path in paths])
-        told = []
-        for path, (kind, found) in zip(paths, readings, strict=True):
-            words = " or ".join(map(str, found)) or "none"
-            told.append(f"{path.absolute().relative_to(common)} {words} {kind}".rstrip())
+        told = [f"{path} {' or '.join(map(str, found)) or 'none'} {kind}".rstrip()
+                for path, (kind, found) in zip(paths, readings, strict=True)]
         raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
                         f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
                         r"list of paths in their order, or --step-regex 'name_(\d+)'")
@@ -1149,15 +1128,13 @@ def read_steps(paths, step_regex: str | None) -> list[tuple[str, list[int]]]:
 def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[str]]:
     """(what in a run folder is named by a step and holds weights, the names of what else may hold
     some); where nothing is, the one checkpoint that the folder is."""
-    paths = [path for path in sorted(folder.iterdir()) if may_be_weights(path)]
-    named, over = {}, []
+    paths, named, over = candidates(folder.iterdir()), {}, []
     for path, (kind, steps) in zip(paths, read_steps(paths, step_regex), strict=True):
         # a folder that is no checkpoint itself may be anything, unless it names a step
-        file = not path.is_dir()
-        clear = kind or step_regex or file or is_checkpoint(path) or path.name.isdigit()
-        if steps and clear and (weights_in(path) or not path.exists()):  # a dead link is an error
-            named[path] = steps
-        elif file or (kind and steps) or is_checkpoint(path):
+        clear = kind or step_regex or not path.is_dir() or is_checkpoint(path)
+        if steps and (clear or path.name.isdigit()) and (weights_in(path) or not path.exists()):
+            named[path] = steps  # a dead link is an error
+        elif clear:
             over.append(path.name)
     own = read_name(folder.absolute().name)[1]  # checkpoint-500/global_step500 is no run
     if named and not (is_checkpoint(folder) and own in named.values()):
@@ -1168,17 +1145,18 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
                 for name in over if blank(name) in shapes])
         return list(named), over
     inside = weights_in(folder)
-    if inside:
-        return [inside], []
-    for path in sorted(folder.iterdir()):
-        if path.name.lower().endswith(sum(FOREIGN, ())):
-            open_file(path, None)  # which says what to do with it
-    return [], over
+    foreign = [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(sum(FOREIGN, ()))]
+    return ([inside] if inside else foreign[:1]), []  # what is foreign is refused when it is opened
 
 
-def may_be_weights(path: Path) -> bool:
-    known = path.suffix in SUFFIXES or path.is_dir() or (path.is_symlink() and not path.exists())
-    return known and not NOT_WEIGHTS.search(path.name)
+def candidates(paths) -> list[Path]:
+    """Of files and folders those that may be weights or hold some, by their names."""
+    found = []
+    for path in sorted(paths):
+        known = path.suffix in SUFFIXES or path.is_dir()
+        if (known or not path.exists()) and not NOT_WEIGHTS.search(path.name):
+            found.append(path)
+    return found
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -1188,11 +1166,10 @@ def is_checkpoint(path: Path) -> bool:
 
 def weights_in(path: Path, depth: int = 2) -> Path | None:
     """The one checkpoint that a path is or holds, up to `depth` folders below; or None."""
-    if not may_be_weights(path) or not path.exists():
-        return None
     if path.is_file() or is_checkpoint(path):
         return path
-    inside = [weights_in(p, depth - 1) for p in sorted(path.iterdir()) if depth or p.is_file()]
+    below = candidates(path.iterdir()) if path.is_dir() else []
+    inside = [weights_in(p, depth - 1) for p in below if depth or p.is_file()]
     found = [weights for weights in inside if weights]
     # of the parts of a split model the first is taken, and refused when it is opened
     if len({PART.sub("", str(f)) for f in found}) > 1:
@@ -1206,18 +1183,11 @@ def weights_in(path: Path, depth: int = 2) -> Path | None:
 
 def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
     """Names, shapes and kinds that differ from the newest checkpoint's, a line each."""
-    found = []
-    for name in sorted(checkpoint.keys() ^ newest.keys())[:6]:
-        what = "extra: not" if name in checkpoint else "missing: it is"
-        found.append(f"tensor {name} is {what} in {newest.path}")
-    for name in sorted(checkpoint.keys() & newest.keys()):
-        ours, theirs = checkpoint.data[name], newest.data[name]
-        if ours.shape != theirs.shape:
-            found.append(f"{name} has shape {list(ours.shape)}, expected {list(theirs.shape)} as "
-                         f"in {newest.path}")
-        elif ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= set(FLOATS):
-            found.append(f"{name} is {ours.dtype}, expected {theirs.dtype} as in {newest.path}")
-    return [f"{checkpoint.path}: {problem}" for problem in found]
+    ours = {name: stored.kind for name, stored in checkpoint.data.items()}
+    theirs = {name: stored.kind for name, stored in newest.data.items()}
+    names = sorted(dict(ours.items() ^ theirs.items()))
+    return [f"{checkpoint.path}: {name} is {ours.get(name, 'missing')}, expected "
+            f"{theirs.get(name, 'nothing')} as in {newest.path}" for name in names[:6]]
 
 
 def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Checkpoint], list[str]]:
@@ -1239,8 +1209,8 @@ def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Check
                                 "is a wrong file; leave it out (or --allow duplicates)")
     averages = [str(c.path) for c in opened.values() if "lawa" in c.metadata]
     if "averages" not in allow and 0 < len(averages) < len(opened):
-        problems.append(f"{', '.join(averages)} already an average, among checkpoints that are "
-                        "none; leave it out (or --allow averages)")
+        problems.append(f"{', '.join(averages)} already an average, others are none; leave it out "
+                        "(or --allow averages)")
     return opened, problems
 
 
