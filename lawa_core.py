@@ -571,15 +571,14 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
     else:
         refuse(problems or [f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
                             ".metadata in it"])
-    stored, metadata, found = {}, {}, {}
+    stored, metadata = {}, {}
     for file in files:
         part = open_file(path / file, key)
-        found |= dict.fromkeys(part, file)
+        stale = part.keys() ^ {name for name in places if places[name] == file}
+        if places and stale:
+            raise LawaError(f"{index} is stale: {min(stale)} is not where it says; write it again")
         stored |= part.data
         metadata |= part.metadata
-    if places and found != places:
-        stale, _ = min(places.items() ^ found.items())
-        raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
     buffers = [name for name, one in stored.items() if is_buffer(name, one)]
     others = [p.name for p in candidates(path.iterdir()) if p.name not in files
               and (is_checkpoint(p) if p.is_dir() else "-of-" not in p.name)]
@@ -645,17 +644,16 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     """A file of torch.save, its tensors mapped, with the weights at the top or under a key."""
     import torch
     try:
-        mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([argparse.Namespace])):  # a trainer's arguments
-            blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            blob = torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=zipfile.is_zipfile(path))  # else older than torch 1.6
     except Exception as error:  # whose text goes on to advise what would run the file's code
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"{type(error).__name__}; copy it again (git lfs pull)"
         if unsafe:
-            raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run "
-                            "code; save the state dict alone") from None
-        raise LawaError(f"{path}: no readable torch checkpoint ({type(error).__name__}); copy it "
-                        "again (git lfs pull), or save a state dict alone") from None
+            why = f"unpickling {unsafe[1]} could run code; save the state dict alone"
+        raise LawaError(f"{path}: no readable torch checkpoint, {why}") from None
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
@@ -704,29 +702,28 @@ def leaves(tree: Mapping, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
 def weights_of(tensors, key: str | None, origin):
     """Which of a file's tensors, given by their keys from the top, are the weights.
 
-    key as for `open_checkpoint`. Without: those where Lightning's WeightAveraging keeps them beside
-    their average, those under one of NESTED, or those at the top, if nothing is beside them but
-    optimizers. Returns (the keys that lead to them, {place: name}, in words what is left out).
+    key as for `open_checkpoint`. Without: what lies under Lightning's current_model_state, else
+    under the one of NESTED that is there, else the tensors at the top, if nothing is beside them
+    but optimizers. Returns (the keys that lead to them, {place: name}, in words what is left out).
     """
-    groups = Counter(place[0] for place in tensors if len(place) > 1)
+    groups = dict.fromkeys(place[0] for place in tensors if len(place) > 1)
     known = [name for name in NESTED if name in groups]
     others = [name for name in groups if not NOT_WEIGHTS.search(name)]
     if key is not None:
         prefix = () if key == "." else tuple(key.split("."))
     else:
         prefix = tuple(known[:1]) if len(known) == 1 or "current_model_state" in known else ()
-    under = [place for place in tensors if place[:len(prefix)] == prefix != place]
-    if (prefix and not under) or (key is None and not prefix and others):
-        held = [f"{name} ({count} tensors)" for name, count in groups.items()]
-        held += [place[0] for place in tensors if len(place) == 1][:6]
-        what = f"a state dict under {key!r}" if key is not None else f"one of {', '.join(NESTED)}"
-        offer = (known or others or [*groups, "NAME"])[-1]
-        raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}; say "
-                        f"which with --key {offer}, or --key . for all")
-    names = {place: ".".join(place[len(prefix):]) for place in under
-             if prefix or key == "." or len(place) == 1}
+    names = {place: ".".join(place[len(prefix):]) for place in tensors
+             if place[:len(prefix)] == prefix != place
+             and (prefix or key == "." or len(place) == 1)}
     outside = Counter(place[0] for place in tensors if place not in names)
-    return prefix, names, [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
+    left_out = [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
+    if (prefix and not names) or (key is None and not prefix and others):
+        held = ", ".join([*left_out, *names.values()][:8]) or "no tensors"
+        what = f"one of {', '.join(NESTED)}" if key is None else f"a state dict under {key!r}"
+        raise LawaError(f"{origin} holds {held}; expected {what}; say which with --key "
+                        f"{(known or others or ['NAME'])[-1]}, or --key . for all")
+    return prefix, names, left_out
 
 
 def from_memory(tensors: Mapping, origin) -> Checkpoint:
@@ -776,8 +773,9 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
     import torch
     import torch.distributed.checkpoint as dcp
     tensors = {}  # {keys from the top, such as ("model", "wte.weight"): (name, what it is)}
-    with explained(f"{folder}: not a readable distributed checkpoint"):
-        index = unpickled_index(folder / ".metadata")
+    with (explained(f"{folder}: not a readable distributed checkpoint"),
+          open(folder / ".metadata", "rb") as file):
+        index = Index(file).load()
         for name, info in index.state_dict_metadata.items():
             keys = (index.planner_data or {}).get(name, (name,))
             if name.startswith("optimizer."):  # flat, among flat weights
@@ -806,26 +804,18 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
     return Checkpoint(folder, stored, left_out=outside)
 
 
-def unpickled_index(path: Path):
-    """A distributed checkpoint's index is a pickle: only these classes, none of which runs code."""
-    import torch
-    dtypes = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
-    plain = {
-        "torch.distributed.checkpoint.metadata": (
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-            "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch.serialization": ("_get_layout",), "torch": ("Size", *dtypes),
-        "collections": ("OrderedDict",), "pathlib": ("PosixPath", "WindowsPath"),
-    }
+class Index(pickle.Unpickler):
+    """A distributed checkpoint's index is a pickle: of these classes, none of which runs code."""
+    plain = re.compile(r"""
+        torch\.distributed\.checkpoint\.(metadata\.(Metadata(Index)?|TensorProperties|StorageMeta
+            |(Bytes|Chunk|Tensor)StorageMetadata|_MEM_FORMAT_ENCODING)|filesystem\._StorageInfo)
+        | torch\.(Size|bool|(u?int|b?float|complex)\d+\w*) | torch\.serialization\._get_layout
+        | collections\.OrderedDict | pathlib\.(Posix|Windows)Path""", re.VERBOSE)
 
-    class Index(pickle.Unpickler):
-        def find_class(self, module, name):
-            if name not in plain.get(module, ()):
-                raise LawaError(f"{path}: refused, {module}.{name} in it could run code")
-            return super().find_class(module, name)
-    with open(path, "rb") as file:
-        return Index(file).load()
+    def find_class(self, module, name):
+        if not self.plain.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"refused, {module}.{name} could run code")
+        return super().find_class(module, name)
 
 
 def plan_file(stored: Mapping[str, Stored], ties: Mapping[str, str], metadata: Mapping):
@@ -1009,13 +999,12 @@ def read_name(name: str) -> tuple[str, list[int]]:
 def read_path(path: Path) -> tuple[str, list[int]]:
     """As `read_name`, for a path: the nearest folder or file that has one of KEYS counts, else a
     bare number in the last name, or the folder around it if that is a number and nothing else."""
-    names = [read_name(part) for part in reversed(path.parts)]
+    names = [read_name(part) for part in reversed(path.parts)] or [("", [])]
     for kind, steps in names:
         if kind:
             return kind, steps
-    if names and not names[0][1] and re.fullmatch(NUMBER, path.parent.name.lower()):
-        return names[1]
-    return names[0] if names else ("", [])
+    around = re.fullmatch(NUMBER, path.parent.name.lower()) and not names[0][1]
+    return names[1] if around else names[0]
 
 
 def step_of(path) -> int | None:
@@ -1074,8 +1063,7 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         if kind in SOURCES:
             return SOURCES[kind](rest)
         if kind == "hub":
-            raise LawaError(f"{source}: the Hub is reached by the command `lawa`, or after "
-                            "`import lab.hub`; this file alone reads local checkpoints")
+            raise LawaError(f"{source} is opened by the command `lawa`, or after `import lab.hub`")
         name, paths = Path(source).name, [Path(source)]
         if paths[0].is_dir():
             paths, over = inside_run(paths[0], step_regex)
@@ -1151,12 +1139,8 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
 
 def candidates(paths) -> list[Path]:
     """Of files and folders those that may be weights or hold some, by their names."""
-    found = []
-    for path in sorted(paths):
-        known = path.suffix in SUFFIXES or path.is_dir()
-        if (known or not path.exists()) and not NOT_WEIGHTS.search(path.name):
-            found.append(path)
-    return found
+    return [path for path in sorted(paths) if not NOT_WEIGHTS.search(path.name)
+            and (path.suffix in SUFFIXES or path.is_dir() or not path.exists())]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -1166,18 +1150,15 @@ def is_checkpoint(path: Path) -> bool:
 
 def weights_in(path: Path, depth: int = 2) -> Path | None:
     """The one checkpoint that a path is or holds, up to `depth` folders below; or None."""
-    if path.is_file() or is_checkpoint(path):
-        return path
-    below = candidates(path.iterdir()) if path.is_dir() else []
-    inside = [weights_in(p, depth - 1) for p in below if depth or p.is_file()]
+    if not path.is_dir() or is_checkpoint(path):
+        return path if path.exists() else None
+    inside = [weights_in(p, depth - 1) for p in candidates(path.iterdir()) if depth or p.is_file()]
     found = [weights for weights in inside if weights]
     # of the parts of a split model the first is taken, and refused when it is opened
     if len({PART.sub("", str(f)) for f in found}) > 1:
-        names = [str(f.relative_to(path)) for f in found]
-        advice = f"give a glob of one kind of them, such as '{path.parent / '*' / names[0]}'"
-        if not read_name(path.name)[1]:
-            advice = "give the folder or a glob of those of one run, or a list with --steps"
-        raise LawaError(f"{path} holds several checkpoints: {some(names)}; {advice}")
+        raise LawaError(f"{path} holds several checkpoints: "
+                        f"{some([str(f.relative_to(path)) for f in found])}; give a glob of one of "
+                        "them in each step, such as 'run/*/unet', or a list with --steps")
     return found[0] if found else None
 
 
