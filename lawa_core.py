@@ -579,13 +579,11 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
             raise LawaError(f"{index} is stale: {min(stale)} is not where it says; write it again")
         stored |= part.data
         metadata |= part.metadata
-    buffers = [name for name, one in stored.items() if is_buffer(name, one)]
-    others = [p.name for p in candidates(path.iterdir()) if p.name not in files
-              and (is_checkpoint(p) if p.is_dir() else "-of-" not in p.name)]
-    left_out = [f"{name} (a buffer)" for name in buffers]
-    left_out += [f"{name} (not the model's own file)" for name in others]
-    stored = {name: one for name, one in stored.items() if name not in buffers}
-    return Checkpoint(path, stored, metadata, left_out)
+    left_out = {name: "a buffer" for name, one in stored.items() if is_buffer(name, one)}
+    kept = {name: one for name, one in stored.items() if name not in left_out}
+    left_out |= {other.name: "not the model's own file" for other in candidates(path.iterdir())
+                 if other.name not in files and (other.is_file() or is_checkpoint(other))}
+    return Checkpoint(path, kept, metadata, [f"{name} ({why})" for name, why in left_out.items()])
 
 
 def is_buffer(name: str, stored: Stored) -> bool:
@@ -841,17 +839,15 @@ def sole_writer(path: Path):
     with explained(f"cannot write {path}", JobFailed):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    with open(lock, "w") as file:
+    with open(lock, "w") as file, contextlib.ExitStack() as stack:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobFailed(f"another job is writing {path}; wait, or choose another") from None
         except OSError:
             pass  # a file system without locks
-        try:
-            yield
-        finally:
-            remove(lock)
+        stack.callback(remove, lock)
+        yield
 
 
 @contextlib.contextmanager
@@ -1057,28 +1053,28 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     """
     if isinstance(source, Trajectory):
         return source
-    over = []
-    if isinstance(source, (str, os.PathLike)) and str(source):
-        kind, _, rest = str(source).partition(":")
-        if kind in SOURCES:
-            return SOURCES[kind](rest)
-        if kind == "hub":
-            raise LawaError(f"{source} is opened by the command `lawa`, or after `import lab.hub`")
+    kind, _, rest = str(source).partition(":")
+    listed, over = not isinstance(source, (str, os.PathLike)) or source == "", []
+    if listed:
+        name, paths = "the list", list(map(Path, source))
+        refuse([f"no such checkpoint: {path}" for path in paths if not path.exists()])
+    elif kind in SOURCES:
+        return SOURCES[kind](rest)
+    elif kind == "hub":
+        raise LawaError(f"{source} is opened by the command `lawa`, or after `import lab.hub`")
+    else:
         name, paths = Path(source).name, [Path(source)]
         if paths[0].is_dir():
             paths, over = inside_run(paths[0], step_regex)
         elif not paths[0].exists():
             found = map(Path, glob.glob(str(source), recursive=True))
             paths = [path for path in candidates(found) if weights_in(path)]
-    else:
-        name, paths = "the list", [Path(path) for path in source]
-        refuse([f"no such checkpoint: {path}" for path in paths if not path.exists()])
     if not paths:
         raise LawaError(f"no checkpoints in {source}; expected files such as "
                         f"{checkpoint_name(1000)} or folders such as step1000/")
     if steps is not None:
-        of_one = isinstance(source, (str, os.PathLike)) and not Path(source).is_file()
-        if of_one or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
+        listed = listed or Path(source).is_file()
+        if not listed or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
             raise LawaError("--steps gives a step of at least 0 for each path of a list, without "
                             f"--step-regex; got {some(steps)} for {len(paths)} in {name}")
         readings = [("", [int(step)]) for step in steps]
@@ -1093,12 +1089,12 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
                         f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
                         r"list of paths in their order, or --step-regex 'name_(\d+)'")
-    found = {}
+    opened = {}
     for (_, (step,)), path in zip(readings, paths, strict=True):
-        if step in found and not (path.exists() and path.samefile(found[step])):
-            raise LawaError(f"two checkpoints for step {step}: {found[step]} and {path}; keep one")
-        found[step] = path
-    run = Trajectory({step: weights_in(path) or path for step, path in found.items()}, name, key)
+        if step in opened and not (path.exists() and path.samefile(opened[step])):
+            raise LawaError(f"two checkpoints for step {step}: {opened[step]} and {path}; keep one")
+        opened[step] = weights_in(path) or path
+    run = Trajectory(opened, name, key)
     run.passed_over = over
     return run
 
