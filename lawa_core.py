@@ -534,8 +534,7 @@ def whole_model(path: Path) -> None:
             alike = [other for other in beside if PART.sub("#", other.name) == rankless]
             if len(alike) > 1 or (level.is_file() and "-of-" in level.name):
                 raise LawaError(f"{level} is one rank's part of a model that was split; give the "
-                                "folder with all parts and their index, or put them together first "
-                                "with what trained it (for DeepSpeed its zero_to_fp32.py)")
+                                "folder with their index, or join them first (zero_to_fp32.py)")
         if read_name(level.name)[0]:  # the step's own folder or file
             return
 
@@ -569,8 +568,7 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
             break  # else a whole single file counts, if there is one
         problems.append(f"{path}: missing shard {', '.join(lost)}, named in {name}; fetch it again")
     else:
-        refuse(problems or [f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
-                            ".metadata in it"])
+        refuse(problems or [f"{path}: expected {', '.join(WEIGHTS[:4])} or .metadata in it"])
     stored, metadata = {}, {}
     for file in files:
         part = open_file(path / file, key)
@@ -733,8 +731,8 @@ def from_memory(tensors: Mapping, origin) -> Checkpoint:
     kept = {name: torch.as_tensor(value).detach() for name, value in tensors.items()
             if isinstance(value, (torch.Tensor, np.ndarray))}
     for name, value in kept.items():
-        whole = type(value) is torch.Tensor and not value.is_nested and not value.is_meta
-        if not whole or value.layout != torch.strided:
+        whole = type(value) is torch.Tensor and value.layout == torch.strided
+        if not whole or value.is_nested or value.is_meta:
             raise LawaError(f"{origin}: {name} is a tensor without plain values (sparse, nested, "
                             "meta, distributed or quantised); save it dense and whole")
     stored = {}
@@ -992,15 +990,21 @@ def read_name(name: str) -> tuple[str, list[int]]:
     return "", []
 
 
-def read_path(path: Path) -> tuple[str, list[int]]:
-    """As `read_name`, for a path: the nearest folder or file that has one of KEYS counts, else a
-    bare number in the last name, or the folder around it if that is a number and nothing else."""
-    names = [read_name(part) for part in reversed(path.parts)] or [("", [])]
+def read_path(path: Path, above=None, pattern: str | None = None) -> tuple[str, list[int]]:
+    """As `read_name`, for a path, of which what is `above` is not read: the nearest folder or file
+    that has one of KEYS counts, else a bare number in the last name, or the folder around it if
+    that is a number and nothing else. Or (nothing, what group 1 of the pattern finds in it)."""
+    if pattern is not None:
+        with explained(f"--step-regex {pattern!r}: expected a pattern with one group"):
+            match = re.search(pattern, path.as_posix())
+            return "", [int(match[1])] if match else []
+    parts = (path.absolute().relative_to(above) if above else path).parts or ("",)
+    names = [read_name(part) for part in reversed(parts)]
     for kind, steps in names:
         if kind:
             return kind, steps
-    around = re.fullmatch(NUMBER, path.parent.name.lower()) and not names[0][1]
-    return names[1] if around else names[0]
+    around = len(parts) > 1 and re.fullmatch(NUMBER, parts[-2].lower())
+    return names[1] if around and not names[0][1] else names[0]
 
 
 def step_of(path) -> int | None:
@@ -1082,7 +1086,8 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         step = step_of(paths[0])
         readings = [("", [1 if step is None else step])]
     else:
-        readings = read_steps(paths, step_regex)
+        above = os.path.commonpath([path.absolute().parent for path in paths])
+        readings = [read_path(path, above, step_regex) for path in paths]
     if any(len(found) != 1 for _, found in readings) or len({kind for kind, _ in readings}) > 1:
         told = [f"{path} {' or '.join(map(str, found)) or 'none'} {kind}".rstrip()
                 for path, (kind, found) in zip(paths, readings, strict=True)]
@@ -1099,21 +1104,12 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     return run
 
 
-def read_steps(paths, step_regex: str | None) -> list[tuple[str, list[int]]]:
-    """As `read_path` for each path, or (nothing, what group 1 of the pattern found)."""
-    if step_regex is None:
-        common = os.path.commonpath([path.absolute().parent for path in paths] or ["/"])
-        return [read_path(path.absolute().relative_to(common)) for path in paths]
-    with explained(f"--step-regex {step_regex!r}: expected a pattern with one group"):
-        found = [re.search(step_regex, path.as_posix()) for path in paths]
-        return [("", [int(match[1])] if match else []) for match in found]
-
-
 def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[str]]:
     """(what in a run folder is named by a step and holds weights, the names of what else may hold
     some); where nothing is, the one checkpoint that the folder is."""
-    paths, named, over = candidates(folder.iterdir()), {}, []
-    for path, (kind, steps) in zip(paths, read_steps(paths, step_regex), strict=True):
+    named, over = {}, []
+    for path in candidates(folder.iterdir()):
+        kind, steps = read_path(path, folder.absolute(), step_regex)
         # a folder that is no checkpoint itself may be anything, unless it names a step
         clear = kind or step_regex or not path.is_dir() or is_checkpoint(path)
         if steps and (clear or path.name.isdigit()) and (weights_in(path) or not path.exists()):
