@@ -1126,7 +1126,9 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
         return list(named), over
     inside = weights_in(folder)
     foreign = [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(sum(FOREIGN, ()))]
-    return ([inside] if inside else foreign[:1]), []  # what is foreign is refused when it is opened
+    if foreign and not inside:
+        open_file(foreign[0], None)  # which says what to do with it
+    return ([inside] if inside else []), []
 
 
 def candidates(paths) -> list[Path]:
