@@ -555,9 +555,8 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
 
 def open_hf(path: Path, key: str | None) -> Checkpoint:
     """A Hugging Face folder: of its weights those that transformers would load."""
-    there = [name for name in WEIGHTS if (path / name).is_file()]
-    problems = []
-    for name in there:
+    lost = [" or ".join([*WEIGHTS[:4], ".metadata"])]
+    for name in (file for file in WEIGHTS if (path / file).is_file()):
         index, places, files = path / name, {}, [name]
         with explained(f"{index}: corrupt index"):
             if name.endswith(".index.json"):
@@ -566,9 +565,8 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
             lost = [f for f in files if Path(f).name != f or not (path / f).is_file()]
         if not lost:
             break  # else a whole single file counts, if there is one
-        problems.append(f"{path}: missing shard {', '.join(lost)}, named in {name}; fetch it again")
     else:
-        refuse(problems or [f"{path}: expected {', '.join(WEIGHTS[:4])} or .metadata in it"])
+        raise LawaError(f"{path} is not whole: it lacks {', '.join(lost)}; fetch it again")
     stored, metadata = {}, {}
     for file in files:
         part = open_file(path / file, key)
@@ -646,10 +644,10 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
                               mmap=zipfile.is_zipfile(path))  # else older than torch 1.6
     except Exception as error:  # whose text goes on to advise what would run the file's code
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"{type(error).__name__}; copy it again (git lfs pull)"
+        why = f"no readable torch file ({type(error).__name__}); copy it again (git lfs pull)"
         if unsafe:
-            why = f"unpickling {unsafe[1]} could run code; save the state dict alone"
-        raise LawaError(f"{path}: no readable torch checkpoint, {why}") from None
+            why = f"refused, it holds {unsafe[1]}, which could run code; save the state dict alone"
+        raise LawaError(f"{path}: {why}") from None
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
@@ -943,7 +941,7 @@ KEYS = {
 }
 NUMBER = r"\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?"  # also 10k, 1.5M, 1e4, 1e+06
 END = r"(?![a-z\d]|[.,]\d|-of-\d)"
-EXPONENTS = {ord("k"): "e3", ord("m"): "e6"}
+EXPONENTS = str.maketrans({"k": "e3", "m": "e6"})
 WORDS = f"(?:{'|'.join(first for first, _ in KEYS.values())})s?"
 METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
 TOKENS = {  # what a name is made of: at each place the first that fits
@@ -1028,8 +1026,7 @@ class Trajectory:
 
     def __getitem__(self, step) -> Checkpoint:
         if step not in self.sources:
-            raise LawaError(f"no checkpoint at step {step} in {self.name}; there are "
-                            f"{some(self.steps)}")
+            raise LawaError(f"no step {step} in {self.name}; there are {some(self.steps)}")
         return open_checkpoint(self.sources[step], self.key)
 
     def expect(self, steps) -> None:
