@@ -803,7 +803,7 @@ class Index(pickle.Unpickler):
     plain = re.compile(r"""
         torch\.distributed\.checkpoint\.(metadata\.(Metadata(Index)?|TensorProperties|StorageMeta
             |(Bytes|Chunk|Tensor)StorageMetadata|_MEM_FORMAT_ENCODING)|filesystem\._StorageInfo)
-        | torch\.(Size|bool|(u?int|b?float|complex)\d+\w*) | torch\.serialization\._get_layout
+        | torch\.(Size|bool|(q?u?int|b?float|complex)\d+(_e\dm\w+)?|serialization\._get_layout)
         | collections\.OrderedDict | pathlib\.(Posix|Windows)Path""", re.VERBOSE)
 
     def find_class(self, module, name):
@@ -1071,8 +1071,7 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
             found = map(Path, glob.glob(str(source), recursive=True))
             paths = [path for path in candidates(found) if weights_in(path)]
     if not paths:
-        raise LawaError(f"no checkpoints in {source}; expected files such as "
-                        f"{checkpoint_name(1000)} or folders such as step1000/")
+        raise LawaError(f"no checkpoints in {source}; expected ckpt_1000.safetensors, step1000/")
     if steps is not None:
         listed = listed or Path(source).is_file()
         if not listed or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
