@@ -943,7 +943,6 @@ NUMBER = r"\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?"  # also 10k, 1.5M,
 END = r"(?![a-z\d]|[.,]\d|-of-\d)"
 EXPONENTS = str.maketrans({"k": "e3", "m": "e6"})
 WORDS = f"(?:{'|'.join(first for first, _ in KEYS.values())})s?"
-METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
 TOKENS = {  # what a name is made of: at each place the first that fits
     # an average, or a link to one of the others: its number is of something else
     "average": "(?<![a-z])(?:best|last|latest|avg|ave(?:raged?)?|swa|ema|soup|merged)(?![a-z])",
@@ -951,8 +950,9 @@ TOKENS = {  # what a name is made of: at each place the first that fits
         (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
         | \d+-of-\d+                                              # parts
         | (?<![a-z]) (?:
-            (?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_{WORDS}
-            | {METRICS} | [a-z]*(?:rank|seed|size|tokens?)
+            (?:max|min|total|warmup|decay|save|eval|log|per)_{WORDS}
+            | [a-z]*(?:loss|acc(?:uracy)?|ppl|bleu|[wc]er|score|reward|error|metric)(?:_{WORDS})?
+            | [a-z]*(?:rank|seed|size|tokens?)
             | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
             | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
         ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])""",
