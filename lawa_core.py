@@ -401,7 +401,8 @@ WEIGHTS = [f"{name}{end}" for name in (
 ) for end in ("", ".index.json")]
 COPIED = ("*.json", "*.py", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bpe", "vocab*",
           "merges*")  # beside the weights
-NESTED = ("model", "state_dict", "model_state_dict", "module")  # where a .pt keeps the weights
+# Where a .pt keeps the weights; the first is Lightning's, beside their average.
+NESTED = ("current_model_state", "model", "state_dict", "model_state_dict", "module")
 NOT_WEIGHTS = re.compile(r"""  # names of files, folders and groups of tensors
     (?<!model_)(?<!model_and_)optim | ^opt$ | sched | (?<!up)scaler | (?<!optim_)rng | dataloader
     | training_args | trainer | ^resume(?![a-z]) | ^(train(_state)?|other)(\.pt)?$ | ^state_\d+\.pt$
@@ -424,11 +425,11 @@ class Stored:
     def __init__(self, dtype, shape, path, read: Callable[[int, int], np.ndarray]):
         self.dtype = CODES.get(str(dtype), str(dtype))
         if self.dtype not in DTYPES:
-            raise LawaError(f"{path}: a tensor of type {dtype} cannot be averaged; expected "
-                            f"{', '.join(DTYPES)}")
+            raise LawaError(f"{path} holds {dtype}; expected one of {', '.join(DTYPES)}")
         self.shape, self.path, self.read = tuple(shape), str(path), read
         self.itemsize, self.numel = np.dtype(DTYPES[self.dtype][0]).itemsize, math.prod(shape)
         self.nbytes = self.numel * self.itemsize
+        self.kind = f"{'float' if self.dtype in FLOATS else self.dtype} {list(shape)}"
 
     def tensor(self, data: np.ndarray):
         """All its bytes as a torch.Tensor on the same memory."""
@@ -452,8 +453,7 @@ class Checkpoint(UserDict):
         if not stored:
             raise LawaError(f"{path} holds no tensors; expected a model's weights")
         if "__metadata__" in stored:
-            raise LawaError(f"{path}: a tensor is called __metadata__, a name that safetensors "
-                            "keeps for itself; rename it")
+            raise LawaError(f"{path} holds __metadata__, which no tensor may be called; rename it")
         self.dtypes = {name: one.dtype for name, one in stored.items()}
         self.shapes = {name: one.shape for name, one in stored.items()}
         self.nbytes = sum(one.nbytes for one in set(stored.values()))
@@ -473,9 +473,10 @@ class Checkpoint(UserDict):
         """sha256 over 64 bytes from the middle of every tensor: equal for identical weights."""
         digest = hashlib.sha256()
         for name in sorted(self.data.keys() - self.ties.keys()):
-            middle = max(self.data[name].nbytes - 64, 0) // 16 * 8
+            stored = self.data[name]
+            middle = max(stored.nbytes - 64, 0) // 16 * 8
             digest.update(name.encode(errors="surrogatepass"))
-            digest.update(self.data[name].read(middle, min(middle + 64, self.data[name].nbytes)))
+            digest.update(stored.read(middle, min(middle + 64, stored.nbytes)))
         return digest.hexdigest()
 
     def equals(self, other: Checkpoint) -> bool:
@@ -509,48 +510,37 @@ def open_checkpoint(path, key: str | None = None) -> Checkpoint:
         found = open_hf(path, key)
     else:
         found = open_file(path, key)
-    bare = [WRAPPERS.sub("", name) for name in found]
-    refuse([f"{path} holds {name} with and without a wrapper's prefix; keep one"
-            for name, count in Counter(bare).items() if count > 1])
-    if all(map(WRAPPERS.match, found)):  # a wrapper puts its prefix in front of all names
-        stored = dict(zip(bare, found.data.values(), strict=True))
-        found = Checkpoint(path, stored, found.metadata, found.left_out, found.put_back)
+    bare = {WRAPPERS.sub("", name): stored for name, stored in found.data.items()}
+    if all(map(WRAPPERS.match, found)) and len(bare) == len(found):  # a wrapper prefixes all names
+        found = Checkpoint(path, bare, found.metadata, found.left_out, found.put_back)
     scaled = {name.rpartition(".")[0] for name in found if SCALES.search(name)}
     for name, stored in found.data.items():
         if stored.shape == (0,):
             raise LawaError(f"{path}: {name} has shape [0], a placeholder of sharded training; put "
-                            "the model together first (DeepSpeed: zero_to_fp32.py; FSDP: save the "
-                            "full state dict)")
+                            "the model together first (zero_to_fp32.py, a full state dict)")
         integer = stored.dtype not in (*FLOATS, "BOOL", "I64") and len(stored.shape) > 1
         if integer and scaled & {name, name.rpartition(".")[0]}:
-            raise LawaError(f"{path}: {name} is quantised ({stored.dtype} with scales beside it), "
-                            "which cannot be averaged; average the checkpoints it was made from")
+            raise LawaError(f"{path}: {name} is quantised, {stored.dtype} with scales beside it; "
+                            "average the checkpoints it was made from")
     return found
 
 
 def whole_model(path: Path) -> None:
     """Refuse a file or folder that is one of the parts of a split model."""
-    if path.is_file() and "-of-" in path.name and PART.search(path.name):
-        raise LawaError(f"{path} is one of several parts of a model; give the folder with them "
-                        "and their index")
     for level in (path, *path.parents[:2]):  # such as tp_rank_0/weights/model.pt
         rankless = PART.sub("#", level.name)
         if rankless != level.name:
-            for other in level.absolute().parent.iterdir():
-                if PART.sub("#", other.name) == rankless and other.name != level.name:
-                    raise LawaError(
-                        f"{level} is one rank's part of a model that was split, {other.name} is "
-                        "another; put them together first with what trained it (for DeepSpeed its "
-                        "zero_to_fp32.py)")
+            beside = level.absolute().parent.iterdir()
+            alike = [other for other in beside if PART.sub("#", other.name) == rankless]
+            if len(alike) > 1 or (level.is_file() and "-of-" in level.name):
+                raise LawaError(f"{level} is one rank's part of a model that was split; give the "
+                                "folder with their index, or join them first (zero_to_fp32.py)")
         if read_name(level.name)[0]:  # the step's own folder or file
             return
 
 
 def open_file(path: Path, key: str | None) -> Checkpoint:
     """A file by its name's ending."""
-    with open(path, "rb") as file:
-        if file.read(19) == b"version https://git":
-            raise LawaError(f"{path} is a pointer of git-lfs, not the file; run git lfs pull")
     if path.suffix == ".safetensors":
         if key not in (None, "."):
             raise LawaError(f"{path} has no keys to choose from, got --key {key}; leave it out")
@@ -565,9 +555,8 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
 
 def open_hf(path: Path, key: str | None) -> Checkpoint:
     """A Hugging Face folder: of its weights those that transformers would load."""
-    there = [name for name in WEIGHTS if (path / name).is_file()]
-    problems = []
-    for name in there:
+    lost = [" or ".join([*WEIGHTS[:4], ".metadata"])]
+    for name in (file for file in WEIGHTS if (path / file).is_file()):
         index, places, files = path / name, {}, [name]
         with explained(f"{index}: corrupt index"):
             if name.endswith(".index.json"):
@@ -576,39 +565,32 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
             lost = [f for f in files if Path(f).name != f or not (path / f).is_file()]
         if not lost:
             break  # else a whole single file counts, if there is one
-        problems.append(f"{path}: missing shard {', '.join(lost)}, named in {name}; fetch it again")
     else:
-        refuse(problems or [f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
-                            ".metadata in it"])
-    stored, metadata, found = {}, {}, {}
+        raise LawaError(f"{path} is not whole: it lacks {', '.join(lost)}; fetch it again")
+    stored, metadata = {}, {}
     for file in files:
         part = open_file(path / file, key)
-        found |= dict.fromkeys(part, file)
+        stale = part.keys() ^ {name for name in places if places[name] == file}
+        if places and stale:
+            raise LawaError(f"{index} is stale: {min(stale)} is not where it says; write it again")
         stored |= part.data
         metadata |= part.metadata
-    if places and found != places:
-        stale = next(name for name in (*places, *found) if places.get(name) != found.get(name))
-        raise LawaError(f"{index} is stale: {stale} is not where it says; write it again")
-    buffers = [name for name, one in stored.items() if is_buffer(name, one)]
-    others = [p.name for p in sorted(path.iterdir()) if p.name not in files and may_be_weights(p)
-              and (is_checkpoint(p) if p.is_dir() else "-of-" not in p.name)]
-    left_out = [f"{name} (a buffer)" for name in buffers]
-    left_out += [f"{name} (not the model's own file)" for name in others]
-    stored = {name: one for name, one in stored.items() if name not in buffers}
-    return Checkpoint(path, stored, metadata, left_out)
+    left_out = {name: "a buffer" for name, one in stored.items() if is_buffer(name, one)}
+    kept = {name: one for name, one in stored.items() if name not in left_out}
+    left_out |= {other.name: "not the model's own file" for other in candidates(path.iterdir())
+                 if other.name not in files and (other.is_file() or is_checkpoint(other))}
+    return Checkpoint(path, kept, metadata, [f"{name} ({why})" for name, why in left_out.items()])
 
 
 def is_buffer(name: str, stored: Stored) -> bool:
     """Is it a causal mask, its fill value or rotary frequencies, which some revisions have?"""
     end = name.rpartition(".")[2]
-    if end == "inv_freq" or (end == "masked_bias" and stored.numel == 1):
-        return True
-    if end != "bias" or len(stored.shape) < 2 or stored.numel != stored.shape[-1] ** 2:
+    if end != "bias":
+        return end == "inv_freq" or (end == "masked_bias" and stored.numel == 1)
+    if len(stored.shape) < 2 or stored.numel != stored.shape[-1] ** 2:
         return False
-    if stored.dtype in ("BOOL", "U8"):
-        return True
-    values = widen(stored.read(0, stored.nbytes), stored.dtype).reshape(stored.shape[-2:])
-    return stored.dtype in FLOATS and np.array_equal(values, np.tri(len(values)))
+    return stored.dtype in ("BOOL", "U8") or np.array_equal(
+        widen(stored.read(0, stored.nbytes), stored.dtype), np.tri(stored.shape[-1]).ravel())
 
 
 def read_file(path: Path, known: tuple, offset: int, start: int, stop: int) -> np.ndarray:
@@ -631,7 +613,8 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors."""
     known, stored = STAMP(os.stat(path)), {}
     size = known[1]
-    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again"),
+    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again "
+                    "(git lfs pull)"),
           open(path, "rb") as file):
         base = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(base - 8, size)))
@@ -655,28 +638,28 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
     """A file of torch.save, its tensors mapped, with the weights at the top or under a key."""
     import torch
     try:
-        mapped = zipfile.is_zipfile(path)  # what is older than torch 1.6 cannot be mapped
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([argparse.Namespace])):  # a trainer's arguments
-            blob = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
+            blob = torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=zipfile.is_zipfile(path))  # else older than torch 1.6
+    except Exception as error:  # whose text goes on to advise what would run the file's code
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"no readable torch file ({type(error).__name__}); copy it again (git lfs pull)"
         if unsafe:
-            raise LawaError(f"{path}: refused, it holds {unsafe[1]}, and unpickling that could run "
-                            "code; save the state dict alone") from None
-        reason = (str(error) or "empty").splitlines()[0]
-        if "weights_only" in reason:  # torch goes on to advise what would run the file's code
-            reason = "no file of tensors"
-        raise LawaError(f"{path}: no readable torch checkpoint ({reason}); copy it again, or save "
-                        "a state dict alone") from None
+            why = f"refused, it holds {unsafe[1]}, which could run code; save the state dict alone"
+        raise LawaError(f"{path}: {why}") from None
     if not isinstance(blob, Mapping):
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
-        tree = dict(leaves(blob, path))
-    tensors = [place for place, value in tree.items() if isinstance(value, torch.Tensor)]
+        found = list(leaves(blob))
+    twice = Counter(".".join(place) for place, _ in found)
+    refuse([f"{path} holds {name!r} more than once, such as 0 and '0'; rename one"
+            for name, count in twice.items() if count > 1])
+    tree = dict(found)
+    tensors = [place for place, value in found if isinstance(value, torch.Tensor)]
     prefix, names, outside = weights_of(tensors, key, path)
     # what is no tensor among the weights, such as a module's extra state
-    extra = {".".join(place[len(prefix):]): value for place, value in tree.items()
+    extra = {".".join(place[len(prefix):]): value for place, value in found
              if place[:len(prefix)] == prefix and not isinstance(value, torch.Tensor)
              and (prefix or "_extra_state" in place[-1])}
     # what is beside the weights, but for other groups of tensors
@@ -689,24 +672,23 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         for name in reversed(prefix):  # current_model_state has become an average
             state = {"state_dict" if name == "current_model_state" else name: state}
         return rest | state
-    found = from_memory({name: tree[place] for place, name in names.items()}, path)
-    found.left_out, found.put_back = outside + [f"{name} (no tensor)" for name in extra], put_back
+    weights = from_memory({name: tree[place] for place, name in names.items()}, path)
+    weights.left_out = outside + [f"{name} (no tensor)" for name in extra]
+    weights.put_back = put_back
     if sidecar(path).exists():
-        found.metadata["lawa"] = sidecar(path).read_text()
-    return found
+        weights.metadata["lawa"] = sidecar(path).read_text()
+    return weights
 
 
-def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
+def leaves(tree: Mapping, above=()) -> Iterator[tuple[tuple[str, ...], object]]:
     """(its keys from the top, value) of what nested dictionaries, and lists of tensors, hold."""
     import torch
-    if len(set(map(str, tree))) < len(tree):
-        raise LawaError(f"{origin} holds a name as text and as a number; rename one")
     for name, value in tree.items():
         inside = value if isinstance(value, (list, tuple)) else ()
         if any(isinstance(one, (torch.Tensor, Mapping, list, tuple)) for one in inside):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
-            yield from leaves(value, origin, (*above, str(name)))
+            yield from leaves(value, (*above, str(name)))
         else:
             yield (*above, str(name)), value
 
@@ -714,36 +696,28 @@ def leaves(tree: Mapping, origin, above=()) -> Iterator[tuple[tuple[str, ...], o
 def weights_of(tensors, key: str | None, origin):
     """Which of a file's tensors, given by their keys from the top, are the weights.
 
-    key as for `open_checkpoint`. Without: those where Lightning's WeightAveraging keeps them beside
-    their average, those under one of NESTED, or those at the top, if nothing is beside them but
-    optimizers. Returns (the keys that lead to them, {place: name}, in words what is left out).
+    key as for `open_checkpoint`. Without: what lies under Lightning's current_model_state, else
+    under the one of NESTED that is there, else the tensors at the top, if nothing is beside them
+    but optimizers. Returns (the keys that lead to them, {place: name}, in words what is left out).
     """
-    groups = Counter(place[0] for place in tensors if len(place) > 1)
-    known = [name for name in ("current_model_state", *NESTED) if name in groups]
+    groups = dict.fromkeys(place[0] for place in tensors if len(place) > 1)
+    known = [name for name in NESTED if name in groups]
     others = [name for name in groups if not NOT_WEIGHTS.search(name)]
-    prefix = None
     if key is not None:
-        for keys in ((key,), tuple(key.split("."))) if key != "." else ((),):
-            if any(place[:len(keys)] == keys != place for place in tensors):
-                prefix = keys
-    elif known[:1] == ["current_model_state"] or len(known) == 1:
-        prefix = (known[0],)
-    elif not others:
-        prefix = ()
-    if prefix is None:
-        held = [f"{name} ({count} tensors)" for name, count in groups.items()]
-        held += [place[0] for place in tensors if len(place) == 1][:6]
-        what = f"a state dict under {key!r}" if key is not None else f"one of {', '.join(NESTED)}"
-        offer = known or others or list(groups)
-        if offer:
-            what += f"; say which with --key {offer[-1]}, or --key . for all"
-        raise LawaError(f"{origin} holds {', '.join(held) or 'no tensors'}; expected {what}")
+        prefix = () if key == "." else tuple(key.split("."))
+    else:
+        prefix = tuple(known[:1]) if len(known) == 1 or "current_model_state" in known else ()
     names = {place: ".".join(place[len(prefix):]) for place in tensors
-             if place[:len(prefix)] == prefix and (prefix or key == "." or len(place) == 1)}
-    refuse([f"{origin} holds {name} as one name and as nested ones; rename one"
-            for name, count in Counter(names.values()).items() if count > 1])
+             if place[:len(prefix)] == prefix != place
+             and (prefix or key == "." or len(place) == 1)}
     outside = Counter(place[0] for place in tensors if place not in names)
-    return prefix, names, [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
+    left_out = [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in outside.items()]
+    if (prefix and not names) or (key is None and not prefix and others):
+        held = ", ".join([*left_out, *names.values()][:8]) or "no tensors"
+        what = f"one of {', '.join(NESTED)}" if key is None else f"a state dict under {key!r}"
+        raise LawaError(f"{origin} holds {held}; expected {what}; say which with --key "
+                        f"{(known or others or ['NAME'])[-1]}, or --key . for all")
+    return prefix, names, left_out
 
 
 def from_memory(tensors: Mapping, origin) -> Checkpoint:
@@ -754,15 +728,16 @@ def from_memory(tensors: Mapping, origin) -> Checkpoint:
     import torch
     kept = {name: torch.as_tensor(value).detach() for name, value in tensors.items()
             if isinstance(value, (torch.Tensor, np.ndarray))}
-    stored = {}
     for name, value in kept.items():
-        whole = type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested
-        if not whole or value.layout != torch.strided or value.is_meta:
+        whole = type(value) is torch.Tensor and value.layout == torch.strided
+        if not whole or value.is_nested or value.is_meta:
             raise LawaError(f"{origin}: {name} is a tensor without plain values (sparse, nested, "
                             "meta, distributed or quantised); save it dense and whole")
+    stored = {}
     for name, first in first_names(kept).items():
-        read = functools.partial(read_tensor, kept[name])
-        stored[name] = stored.get(first) or Stored(kept[name].dtype, kept[name].shape, origin, read)
+        value = kept[name]
+        read = functools.partial(read_tensor, value)
+        stored[name] = stored.get(first) or Stored(value.dtype, value.shape, origin, read)
     return Checkpoint(origin, stored)
 
 
@@ -792,8 +767,9 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
     import torch
     import torch.distributed.checkpoint as dcp
     tensors = {}  # {keys from the top, such as ("model", "wte.weight"): (name, what it is)}
-    with explained(f"{folder}: not a readable distributed checkpoint"):
-        index = unpickled_index(folder / ".metadata")
+    with (explained(f"{folder}: not a readable distributed checkpoint"),
+          open(folder / ".metadata", "rb") as file):
+        index = Index(file).load()
         for name, info in index.state_dict_metadata.items():
             keys = (index.planner_data or {}).get(name, (name,))
             if name.startswith("optimizer."):  # flat, among flat weights
@@ -809,40 +785,31 @@ def open_distributed(folder: Path, key: str | None) -> Checkpoint:
         if tensor is None:
             held.clear()
             tensor = torch.empty(info.size, dtype=info.properties.dtype)
-            with explained(f"{folder}: cannot read {name}"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that this is one process
+            with (explained(f"{folder}: cannot read {name}"),
+                  warnings.catch_warnings(action="ignore")):  # that this is one process
                 dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
             held[name] = tensor
         return read_tensor(tensor, start, stop)
     stored = {}
     for keys, name in own.items():
-        _, info = tensors[keys]
+        info = tensors[keys][1]
         reader = functools.partial(read, *tensors[keys])
         stored[name] = Stored(info.properties.dtype, info.size, folder, reader)
     return Checkpoint(folder, stored, left_out=outside)
 
 
-def unpickled_index(path: Path):
-    """A distributed checkpoint's index is a pickle: only these classes, none of which runs code."""
-    import torch
-    dtypes = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
-    plain = {
-        "torch.distributed.checkpoint.metadata": (
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-            "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch.serialization": ("_get_layout",), "torch": ("Size", *dtypes),
-        "collections": ("OrderedDict",), "pathlib": ("PosixPath", "WindowsPath"),
-    }
+class Index(pickle.Unpickler):
+    """A distributed checkpoint's index is a pickle: of these classes, none of which runs code."""
+    plain = re.compile(r"""
+        torch\.distributed\.checkpoint\.(metadata\.(Metadata(Index)?|TensorProperties|StorageMeta
+            |(Bytes|Chunk|Tensor)StorageMetadata|_MEM_FORMAT_ENCODING)|filesystem\._StorageInfo)
+        | torch\.(Size|bool|(q?u?int|b?float|complex)\d+(_e\dm\w+)?|serialization\._get_layout)
+        | collections\.OrderedDict | pathlib\.(Posix|Windows)Path""", re.VERBOSE)
 
-    class Index(pickle.Unpickler):
-        def find_class(self, module, name):
-            if name not in plain.get(module, ()):
-                raise LawaError(f"{path}: refused, it holds {module}.{name}, and unpickling that "
-                                "could run code")
-            return super().find_class(module, name)
-    with open(path, "rb") as file:
-        return Index(file).load()
+    def find_class(self, module, name):
+        if not self.plain.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"refused, {module}.{name} could run code")
+        return super().find_class(module, name)
 
 
 def plan_file(stored: Mapping[str, Stored], ties: Mapping[str, str], metadata: Mapping):
@@ -868,18 +835,15 @@ def sole_writer(path: Path):
     with explained(f"cannot write {path}", JobFailed):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    with open(lock, "w") as file:
+    with open(lock, "w") as file, contextlib.ExitStack() as stack:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise JobFailed(f"another job is writing {path}; wait until it is done, or choose "
-                            "another output") from None
+            raise JobFailed(f"another job is writing {path}; wait, or choose another") from None
         except OSError:
             pass  # a file system without locks
-        try:
-            yield
-        finally:
-            remove(lock)
+        stack.callback(remove, lock)
+        yield
 
 
 @contextlib.contextmanager
@@ -968,83 +932,77 @@ def checkpoint_name(step: int) -> str:
     return f"ckpt_{step}.safetensors"
 
 
-# A step in a name is the number behind one of these words, or in front of it (12epoch); the finest
-# counts.
+# A step is the number behind one of the first words, or in front of one of the second (12epoch);
+# the finest kind of word counts.
 KEYS = {
-    "step": r"(?:global[-_]?)?step|iteration|iter|it|update|ba",
-    "checkpoint": r"checkpoint|ckpt",
-    "epoch": r"epoch|ep",
+    "step": ("(?:global[-_]?)?step|iteration|iter|it|update|ba", "step|iteration|iter|update"),
+    "checkpoint": ("checkpoint|ckpt", "checkpoint|ckpt"),
+    "epoch": ("epoch|ep", "epoch|ep"),
 }
-NUMBER = r"(\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?)"  # also 10k, 1.5M, 1e4, 1e+06
-AFTER = {kind: re.compile(rf"(?<![a-z])(?:{words})s?[-_=. ]?{NUMBER}(?![a-z\d]|[.,]\d)")
-         for kind, words in KEYS.items()}
-BEFORE = {kind: re.compile(rf"(?<![a-z\d.,]){NUMBER}[-_]?(?:{words})s?(?![a-z])")
-          for kind, words in (KEYS | {"step": "step|iteration|iter|update"}).items()}
-WORDS = f"(?:{'|'.join(KEYS.values())})s?"
-METRICS = "[a-z]*(?:loss|acc|accuracy|ppl|bleu|wer|cer|score|reward|error|metric)"
-NOISE = re.compile(rf"""
-    (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
-    | \d+-of-\d+                                              # parts
-    | (?<![a-z]) (?:
-        (?:max|min|total|warmup|decay|save|eval|log|per|{METRICS})_{WORDS}
-        | {METRICS} | [a-z]*(?:rank|seed|size|tokens?)
-        | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
-        | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
-    ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])
-    """, re.VERBOSE)
-# Averages, and links to one of the others: their number is of something else
-AVERAGES = re.compile(
-    r"(?<![a-z])(?:best|last|latest|avg|ave|average|averaged|swa|ema|soup|merged)(?![a-z])")
-OTHER = re.compile(  # decimals and hashes
-    r"\d+\.\d+(?![kme\d])|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}|"
-    r"(?<![a-z\d])(?=[\da-f]*\d[a-f])[\da-f]{7,40}(?![a-z\d])")
+NUMBER = r"\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?"  # also 10k, 1.5M, 1e4, 1e+06
+END = r"(?![a-z\d]|[.,]\d|-of-\d)"
+EXPONENTS = str.maketrans({"k": "e3", "m": "e6"})
+WORDS = f"(?:{'|'.join(first for first, _ in KEYS.values())})s?"
+TOKENS = {  # what a name is made of: at each place the first that fits
+    # an average, or a link to one of the others: its number is of something else
+    "average": "(?<![a-z])(?:best|last|latest|avg|ave(?:raged?)?|swa|ema|soup|merged)(?![a-z])",
+    "noise": rf"""
+        (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
+        | \d+-of-\d+                                              # parts
+        | (?<![a-z]) (?:
+            (?:max|min|total|warmup|decay|save|eval|log|per)_{WORDS}
+            | [a-z]*(?:loss|acc(?:uracy)?|ppl|bleu|[wc]er|score|reward|error|metric)(?:_{WORDS})?
+            | [a-z]*(?:rank|seed|size|tokens?)
+            | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
+            | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
+        ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])""",
+    **{kind: rf"""
+        (?<![a-z]) (?:{first})s? [-_=. ]? {NUMBER} {END} (?:(?:[-_]\d+)+(?![a-z\d.]|-of-\d))?
+        | (?<![a-z\d.,]) {NUMBER} [-_]? (?:{second})s? (?![a-z]|[-_=. ]?\d)"""
+       for kind, (first, second) in KEYS.items()},
+    "other": r"""
+        \d+\.\d+(?![kme\d]|-of-\d)                                # decimals
+        | [\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}                # hashes
+        | (?<![a-z\d]) (?=[\da-f]*\d[a-f]) [\da-f]{7,40} (?![a-z\d])""",
+    "alone": rf"(?<![a-z\d%]){NUMBER}(?![a-z\d])",
+    "joined": rf"(?<![a-z\d])[a-z]+\d+{END}",
+}
+TOKEN = re.compile("|".join(f"(?P<{kind}>{text})" for kind, text in TOKENS.items()), re.VERBOSE)
 
 
 @functools.cache  # a run's names are read again whenever it is opened
 def read_name(name: str) -> tuple[str, list[int]]:
     """(what its numbers count: step, checkpoint, epoch or nothing; the steps it may mean)."""
-    stem = name.lower()
+    stem, found = name.lower(), {}
     while stem.endswith(SUFFIXES):
         stem = stem.rpartition(".")[0]
-    if AVERAGES.search(stem):
-        return "", []
-    stem = NOISE.sub("~", stem)
-    rest = stem  # without what AFTER finds: in epoch=1-step=500 no 1 is in front of a step
-    for pattern in AFTER.values():
-        rest = pattern.sub("~", rest)
-    for kind in KEYS:
-        found = []
-        for match in AFTER[kind].finditer(stem):
-            more = re.match(r"(?:[-_]\d+)*(?![a-z\d.])", stem[match.end():])
-            found += map(number, (match[1], *re.findall(r"\d+", more[0] if more else "")))
-            if match[0].startswith("checkpoint_") and len(found) == 2 and found[0] <= found[1]:
-                return "step", [found[1]]  # fairseq's epoch and update
-        found = found or [number(match[1]) for match in BEFORE[kind].finditer(rest)]
-        if found:
-            return kind, sorted(set(found))
-    rest = OTHER.sub("~", stem)
-    alone = re.findall(rf"(?<![a-z\d%]){NUMBER}(?![a-z\d])", rest)
-    found = alone or re.findall(r"(?<![a-z\d])[a-z]+(\d+)(?![a-z\d])", rest)
-    return "", sorted(set(map(number, found)))
+    for token in TOKEN.finditer(stem):
+        kind, texts = token.lastgroup, re.findall(NUMBER, token[0])
+        numbers = [int(t) if t.isdigit() else round(float(t.translate(EXPONENTS))) for t in texts]
+        if token[0].startswith("checkpoint_") and len(numbers) == 2 and numbers == sorted(numbers):
+            kind, numbers = "step", numbers[1:]  # fairseq's epoch and update
+        found.setdefault(kind, set()).update(numbers)
+    for kind in ("average", *KEYS, "alone", "joined"):
+        if kind in found:
+            return kind if kind in KEYS else "", sorted(found[kind])
+    return "", []
 
 
-def number(text: str) -> int:
-    """10k is 10,000, 1.5M is 1,500,000, 1e4 and 1e+04 are 10,000."""
-    if text.isdigit():
-        return int(text)
-    return round(float(text.rstrip("km")) * {"k": 1e3, "m": 1e6}.get(text[-1], 1))
-
-
-def read_path(path: Path) -> tuple[str, list[int]]:
-    """As `read_name`, for a path: the nearest folder or file that has one of KEYS counts, else a
-    bare number in the last name, or the folder around it if that is a number and nothing else."""
-    names = [read_name(part) for part in reversed(path.parts)]
+def read_path(path: Path, above=None, pattern: str | None = None) -> tuple[str, list[int]]:
+    """As `read_name`, for a path, of which what is `above` is not read: the nearest folder or file
+    that has one of KEYS counts, else a bare number in the last name, or the folder around it if
+    that is a number and nothing else. Or (nothing, what group 1 of the pattern finds in it)."""
+    if pattern is not None:
+        with explained(f"--step-regex {pattern!r}: expected a pattern with one group"):
+            match = re.search(pattern, path.as_posix())
+            return "", [int(match[1])] if match else []
+    parts = (path.absolute().relative_to(above) if above else path).parts or ("",)
+    names = [read_name(part) for part in reversed(parts)]
     for kind, steps in names:
         if kind:
             return kind, steps
-    if names and not names[0][1] and re.fullmatch(NUMBER, path.parent.name.lower()):
-        return names[1]
-    return names[0] if names else ("", [])
+    around = len(parts) > 1 and re.fullmatch(NUMBER, parts[-2].lower())
+    return names[1] if around and not names[0][1] else names[0]
 
 
 def step_of(path) -> int | None:
@@ -1068,8 +1026,7 @@ class Trajectory:
 
     def __getitem__(self, step) -> Checkpoint:
         if step not in self.sources:
-            raise LawaError(f"no checkpoint at step {step} in {self.name}; there are "
-                            f"{some(self.steps)}")
+            raise LawaError(f"no step {step} in {self.name}; there are {some(self.steps)}")
         return open_checkpoint(self.sources[step], self.key)
 
     def expect(self, steps) -> None:
@@ -1097,29 +1054,27 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
     """
     if isinstance(source, Trajectory):
         return source
-    over = []
-    if isinstance(source, (str, os.PathLike)) and str(source):
-        kind, _, rest = str(source).partition(":")
-        if kind in SOURCES:
-            return SOURCES[kind](rest)
-        if kind == "hub":
-            raise LawaError(f"{source}: the Hub is reached by the command `lawa`, or after "
-                            "`import lab.hub`; this file alone reads local checkpoints")
+    kind, _, rest = str(source).partition(":")
+    listed, over = not isinstance(source, (str, os.PathLike)) or source == "", []
+    if listed:
+        name, paths = "the list", list(map(Path, source))
+        refuse([f"no such checkpoint: {path}" for path in paths if not path.exists()])
+    elif kind in SOURCES:
+        return SOURCES[kind](rest)
+    elif kind == "hub":
+        raise LawaError(f"{source} is opened by the command `lawa`, or after `import lab.hub`")
+    else:
         name, paths = Path(source).name, [Path(source)]
         if paths[0].is_dir():
             paths, over = inside_run(paths[0], step_regex)
         elif not paths[0].exists():
-            found = map(Path, sorted(glob.glob(str(source), recursive=True)))
-            paths = [path for path in found if weights_in(path)]
-    else:
-        name, paths = "the list", [Path(path) for path in source]
-        refuse([f"no such checkpoint: {path}" for path in paths if not path.exists()])
+            found = map(Path, glob.glob(str(source), recursive=True))
+            paths = [path for path in candidates(found) if weights_in(path)]
     if not paths:
-        raise LawaError(f"no checkpoints in {source}; expected files such as "
-                        f"{checkpoint_name(1000)} or folders such as step1000/")
+        raise LawaError(f"no checkpoints in {source}; expected ckpt_1000.safetensors, step1000/")
     if steps is not None:
-        of_one = isinstance(source, (str, os.PathLike)) and not Path(source).is_file()
-        if of_one or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
+        listed = listed or Path(source).is_file()
+        if not listed or len(steps) != len(paths) or min(steps) < 0 or step_regex is not None:
             raise LawaError("--steps gives a step of at least 0 for each path of a list, without "
                             f"--step-regex; got {some(steps)} for {len(paths)} in {name}")
         readings = [("", [int(step)]) for step in steps]
@@ -1127,48 +1082,35 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
         step = step_of(paths[0])
         readings = [("", [1 if step is None else step])]
     else:
-        readings = read_steps(paths, step_regex)
+        above = os.path.commonpath([path.absolute().parent for path in paths])
+        readings = [read_path(path, above, step_regex) for path in paths]
     if any(len(found) != 1 for _, found in readings) or len({kind for kind, _ in readings}) > 1:
-        common = os.path.commonpath([path.absolute().parent for path in paths])
-        told = []
-        for path, (kind, found) in zip(paths, readings, strict=True):
-            words = " or ".join(map(str, found)) or "none"
-            told.append(f"{path.absolute().relative_to(common)} {words} {kind}".rstrip())
+        told = [f"{path} {' or '.join(map(str, found)) or 'none'} {kind}".rstrip()
+                for path, (kind, found) in zip(paths, readings, strict=True)]
         raise LawaError(f"cannot tell the steps of {name}, read: {', '.join(told[:6])}"
                         f"{', ...' * (len(told) > 6)}; give them with --steps 100,200,300 for a "
                         r"list of paths in their order, or --step-regex 'name_(\d+)'")
-    found = {}
+    opened = {}
     for (_, (step,)), path in zip(readings, paths, strict=True):
-        if step in found and not (path.exists() and path.samefile(found[step])):
-            raise LawaError(f"two checkpoints for step {step}: {found[step]} and {path}; keep one")
-        found[step] = path
-    run = Trajectory({step: weights_in(path) or path for step, path in found.items()}, name, key)
+        if step in opened and not (path.exists() and path.samefile(opened[step])):
+            raise LawaError(f"two checkpoints for step {step}: {opened[step]} and {path}; keep one")
+        opened[step] = weights_in(path) or path
+    run = Trajectory(opened, name, key)
     run.passed_over = over
     return run
-
-
-def read_steps(paths, step_regex: str | None) -> list[tuple[str, list[int]]]:
-    """As `read_path` for each path, or (nothing, what group 1 of the pattern found)."""
-    if step_regex is None:
-        common = os.path.commonpath([path.absolute().parent for path in paths] or ["/"])
-        return [read_path(path.absolute().relative_to(common)) for path in paths]
-    with explained(f"--step-regex {step_regex!r}: expected a pattern with one group"):
-        found = [re.search(step_regex, path.as_posix()) for path in paths]
-        return [("", [int(match[1])] if match else []) for match in found]
 
 
 def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[str]]:
     """(what in a run folder is named by a step and holds weights, the names of what else may hold
     some); where nothing is, the one checkpoint that the folder is."""
-    paths = [path for path in sorted(folder.iterdir()) if may_be_weights(path)]
     named, over = {}, []
-    for path, (kind, steps) in zip(paths, read_steps(paths, step_regex), strict=True):
+    for path in candidates(folder.iterdir()):
+        kind, steps = read_path(path, folder.absolute(), step_regex)
         # a folder that is no checkpoint itself may be anything, unless it names a step
-        file = not path.is_dir()
-        clear = kind or step_regex or file or is_checkpoint(path) or path.name.isdigit()
-        if steps and clear and (weights_in(path) or not path.exists()):  # a dead link is an error
-            named[path] = steps
-        elif file or (kind and steps) or is_checkpoint(path):
+        clear = kind or step_regex or not path.is_dir() or is_checkpoint(path)
+        if steps and (clear or path.name.isdigit()) and (weights_in(path) or not path.exists()):
+            named[path] = steps  # a dead link is an error
+        elif clear:
             over.append(path.name)
     own = read_name(folder.absolute().name)[1]  # checkpoint-500/global_step500 is no run
     if named and not (is_checkpoint(folder) and own in named.values()):
@@ -1179,17 +1121,16 @@ def inside_run(folder: Path, step_regex: str | None) -> tuple[list[Path], list[s
                 for name in over if blank(name) in shapes])
         return list(named), over
     inside = weights_in(folder)
-    if inside:
-        return [inside], []
-    for path in sorted(folder.iterdir()):
-        if path.name.lower().endswith(sum(FOREIGN, ())):
-            open_file(path, None)  # which says what to do with it
-    return [], over
+    foreign = [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(sum(FOREIGN, ()))]
+    if foreign and not inside:
+        open_file(foreign[0], None)  # which says what to do with it
+    return ([inside] if inside else []), []
 
 
-def may_be_weights(path: Path) -> bool:
-    known = path.suffix in SUFFIXES or path.is_dir() or (path.is_symlink() and not path.exists())
-    return known and not NOT_WEIGHTS.search(path.name)
+def candidates(paths) -> list[Path]:
+    """Of files and folders those that may be weights or hold some, by their names."""
+    return [path for path in sorted(paths) if not NOT_WEIGHTS.search(path.name)
+            and (path.suffix in SUFFIXES or path.is_dir() or not path.exists())]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -1199,36 +1140,25 @@ def is_checkpoint(path: Path) -> bool:
 
 def weights_in(path: Path, depth: int = 2) -> Path | None:
     """The one checkpoint that a path is or holds, up to `depth` folders below; or None."""
-    if not may_be_weights(path) or not path.exists():
-        return None
-    if path.is_file() or is_checkpoint(path):
-        return path
-    inside = [weights_in(p, depth - 1) for p in sorted(path.iterdir()) if depth or p.is_file()]
+    if not path.is_dir() or is_checkpoint(path):
+        return path if path.exists() else None
+    inside = [weights_in(p, depth - 1) for p in candidates(path.iterdir()) if depth or p.is_file()]
     found = [weights for weights in inside if weights]
     # of the parts of a split model the first is taken, and refused when it is opened
     if len({PART.sub("", str(f)) for f in found}) > 1:
-        names = [str(f.relative_to(path)) for f in found]
-        advice = f"give a glob of one kind of them, such as '{path.parent / '*' / names[0]}'"
-        if not read_name(path.name)[1]:
-            advice = "give the folder or a glob of those of one run, or a list with --steps"
-        raise LawaError(f"{path} holds several checkpoints: {some(names)}; {advice}")
+        raise LawaError(f"{path} holds several checkpoints: "
+                        f"{some([str(f.relative_to(path)) for f in found])}; give a glob of one of "
+                        "them in each step, such as 'run/*/unet', or a list with --steps")
     return found[0] if found else None
 
 
 def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
     """Names, shapes and kinds that differ from the newest checkpoint's, a line each."""
-    found = []
-    for name in sorted(checkpoint.keys() ^ newest.keys())[:6]:
-        what = "extra: not" if name in checkpoint else "missing: it is"
-        found.append(f"tensor {name} is {what} in {newest.path}")
-    for name in sorted(checkpoint.keys() & newest.keys()):
-        ours, theirs = checkpoint.data[name], newest.data[name]
-        if ours.shape != theirs.shape:
-            found.append(f"{name} has shape {list(ours.shape)}, expected {list(theirs.shape)} as "
-                         f"in {newest.path}")
-        elif ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= set(FLOATS):
-            found.append(f"{name} is {ours.dtype}, expected {theirs.dtype} as in {newest.path}")
-    return [f"{checkpoint.path}: {problem}" for problem in found]
+    ours = {name: stored.kind for name, stored in checkpoint.data.items()}
+    theirs = {name: stored.kind for name, stored in newest.data.items()}
+    names = sorted(dict(ours.items() ^ theirs.items()))
+    return [f"{checkpoint.path}: {name} is {ours.get(name, 'missing')}, expected "
+            f"{theirs.get(name, 'nothing')} as in {newest.path}" for name in names[:6]]
 
 
 def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Checkpoint], list[str]]:
@@ -1250,8 +1180,8 @@ def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Check
                                 "is a wrong file; leave it out (or --allow duplicates)")
     averages = [str(c.path) for c in opened.values() if "lawa" in c.metadata]
     if "averages" not in allow and 0 < len(averages) < len(opened):
-        problems.append(f"{', '.join(averages)} already an average, among checkpoints that are "
-                        "none; leave it out (or --allow averages)")
+        problems.append(f"{', '.join(averages)} already an average, others are none; leave it out "
+                        "(or --allow averages)")
     return opened, problems
 
 

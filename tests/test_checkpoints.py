@@ -272,13 +272,6 @@ def test_prefixes_are_stripped_only_as_prefixes(written, read, kind, tmp_path):
     assert all(checkpoint[n].tolist() == [1, 1] for n in read)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_prefix_collision_is_an_error(kind, tmp_path):
-    path = WRITERS[kind](tmp_path, {"module.w": torch.ones(2), "w": torch.zeros(2)})
-    with pytest.raises(LawaError, match=r"a_1.*\bw\b"):
-        open_checkpoint(path)
-
-
 def test_prefixes_may_differ_between_checkpoints(tmp_path):
     ref.write_safetensors(tmp_path / "ckpt_1.safetensors", {"w": torch.tensor([1.0])})
     torch.save({"_orig_mod.w": torch.tensor([3.0])}, tmp_path / "ckpt_2.pt")
