@@ -541,6 +541,9 @@ def whole_model(path: Path) -> None:
 
 def open_file(path: Path, key: str | None) -> Checkpoint:
     """A file by its name's ending."""
+    with open(path, "rb") as file:
+        if file.read(19) == b"version https://git":
+            raise LawaError(f"{path} is a pointer of git-lfs, not the file; run git lfs pull")
     if path.suffix == ".safetensors":
         if key not in (None, "."):
             raise LawaError(f"{path} has no keys to choose from, got --key {key}; leave it out")
@@ -613,8 +616,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Layout: u64 length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the tensors."""
     known, stored = STAMP(os.stat(path)), {}
     size = known[1]
-    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again "
-                    "(git lfs pull)"),
+    with (explained(f"{path}: truncated, corrupt or no safetensors file; copy it again"),
           open(path, "rb") as file):
         base = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(base - 8, size)))
@@ -644,7 +646,7 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
                               mmap=zipfile.is_zipfile(path))  # else older than torch 1.6
     except Exception as error:  # whose text goes on to advise what would run the file's code
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"no readable torch file ({type(error).__name__}); copy it again (git lfs pull)"
+        why = f"no readable torch file ({type(error).__name__}); copy it again"
         if unsafe:
             why = f"refused, it holds {unsafe[1]}, which could run code; save the state dict alone"
         raise LawaError(f"{path}: {why}") from None
