@@ -729,7 +729,7 @@ def adamw(net: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=fused)
 
 
-def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
+def train_step(network, optimizer, tokens, config: Config, step: int):
     """One optimizer step on tokens (sequences, block_size + 1), micro-batch by micro-batch.
 
     Returns (mean loss, gradient norm before clipping), on the device: reading them would stop it.
@@ -739,8 +739,7 @@ def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
     parts = tokens.split(config.batch_size)
     mean = 0.0
     for i, part in enumerate(parts):
-        if ddp:  # gradients travel once per step, with the last micro-batch
-            ddp.require_backward_grad_sync = i == len(parts) - 1
+        network.require_backward_grad_sync = i == len(parts) - 1  # between ranks, once per step
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             _, loss = network(part[:, :-1], part[:, 1:])
         (loss / len(parts)).backward()
@@ -781,20 +780,15 @@ def on_cpu(tree):
 
 def start_table(path: Path, columns: str, step: int) -> None:
     """Begin a CSV, or cut it back to the step from which a run goes on."""
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    whole = [line for line in lines if line.count(",") == columns.count(",")]
+    whole = path.read_text().split("\n")[1:-1] if path.exists() else []
     kept = [line for line in whole if int(line.split(",")[0]) <= step]
     with lawa_core.replacing(path) as part:
         part.write_text("\n".join([columns, *kept, ""]))
 
 
 def append(path: Path, rows) -> None:
-    try:
-        with open(path, "a") as file:
-            file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
-    except OSError as error:
-        raise JobFailed(f"cannot write {path}: {error.strerror}; mend that, and the same command "
-                        "goes on from its last state") from None
+    with lawa_core.explained(f"cannot write {path}", JobFailed), open(path, "a") as file:
+        file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
 
 
 def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None,
@@ -822,6 +816,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     config = config.resolved(device)
     corpus = open_corpus(config.corpus)
     folder = Path(out_dir) if out_dir else run_dir(config)
+    resume, summary = folder / "resume.pt", folder / "summary.json"
     written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
 
     # refuse what cannot work, before anything is written
@@ -831,26 +826,22 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     require(sequences % world == 0 and share % min(config.batch_size, share) == 0,
             f"batch_size x gradient_accumulation_steps = {config.batch_size} x "
             f"{config.gradient_accumulation_steps} cannot be cut in {world} equal ranks")
-    for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
-        enough = len(tokens) > config.block_size or (split == "validation" and not eval_interval)
-        require(enough, f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one "
-                f"block of {config.block_size}")
-    shape = gpt_config(config.preset, corpus.vocab_size)
-    with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
-        start = config.init_from and dict(lawa_core.open_checkpoint(config.init_from))
-        if start:  # refused before the run folder is made
-            empty_model(shape).load_state_dict(start)
-    require(threads is None or threads >= 1, f"threads must be at least 1, got {threads}")
-    require(eval_interval >= 0, f"eval_interval must be at least 0, got {eval_interval}")
-    require(state_seconds >= 0, f"state_seconds must be at least 0, got {state_seconds}")
+    needed = {"training": corpus.train} | ({"validation": corpus.val} if eval_interval else {})
+    for split, tokens in needed.items():
+        require(len(tokens) > config.block_size, f"{corpus.name} has {len(tokens)} {split} tokens; "
+                f"expected more than one block of {config.block_size}")
+    lawa_core.positive(threads=threads, eval_interval=eval_interval or None)
     spaced = " " in torch.__file__  # torch.compile calls the compiler without quoting its folder
     require(not (compile and spaced), "torch.compile fails where torch's folder has a space in its "
             f"name: {torch.__file__}; leave --compile out")
     compile = device.type == "cuda" and not spaced if compile is None else compile
+    net = GPT(gpt_config(config.preset, corpus.vocab_size), config.seed)
+    if config.init_from:
+        with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
+            net.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
 
     with contextlib.ExitStack() as stack:
         rank, device = stack.enter_context(joined_ranks(device, world))
-        resume, summary = folder / "resume.pt", folder / "summary.json"
         if rank == 0:
             claim(folder, config, corpus)
             stack.enter_context(locked(folder))
@@ -865,30 +856,26 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             return folder
 
         # set-up: the network, its optimizer and averages; or as an interrupted run had them
-        saved = None
-        if resume.exists():
-            saved = torch.load(resume, map_location=device, weights_only=True)
-        if saved or threads:  # with another number of threads, sums may round differently
-            torch.set_num_threads(saved["threads"] if saved else threads)
-        net = GPT(shape, config.seed).to(device)
+        if threads:
+            torch.set_num_threads(threads)
+        net.to(device)
         optimizer = adamw(net, config)
         averages = {text: ONLINE[type(scheme)](net, scheme) for text, scheme in config.schemes()}
         done = config.init_step
-        if saved:
+        if resume.exists():
+            saved = torch.load(resume, map_location=device, weights_only=True)
             done = saved["step"]
             require(set(averages) <= set(saved["averages"]) and done <= config.max_iters,
                     f"{resume} is not the state of a run that trained alike; remove {folder}")
+            torch.set_num_threads(saved["threads"])  # with others, sums may round differently
             net.load_state_dict(saved["net"])
             optimizer.load_state_dict(saved["optimizer"])
             for text, average in averages.items():
                 average.load_state_dict(saved["averages"][text])
-        elif start:
-            net.load_state_dict(start)
-        del saved, start
-        ddp = None
+            del saved
+        network = net
         if world > 1:
-            ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        network = ddp or net
+            network = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         if compile:
             torch.compiler.reset()  # the run before in this process had another network
             network = torch.compile(network)
@@ -897,14 +884,18 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         if rank == 0 and eval_interval:
             start_table(folder / "val.csv", "step,loss", done)
 
+        def state() -> dict:
+            kept = {text: average.state_dict() for text, average in averages.items()}
+            return {"step": done, "threads": torch.get_num_threads(), "net": net.state_dict(),
+                    "optimizer": optimizer.state_dict(), "averages": kept}
+
         pool = stack.enter_context(ThreadPoolExecutor(1))  # files are written behind the training
-        writing = None
+        writing = pool.submit(bool)  # nothing yet
 
         def write(states: dict) -> None:
             """Write {path: state} as it is now; one copy in memory at a time."""
             nonlocal writing
-            if writing:
-                writing.result()  # an error of the writing before is raised here
+            writing.result()  # an error of the writing before is raised here
             copies = on_cpu(states)
             writing = pool.submit(lambda: [lawa_core.save(*item) for item in copies.items()])
 
@@ -933,7 +924,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             tokens = corpus.known(batch(corpus.train, config, done, rank, world))
             tokens = tokens.pin_memory() if device.type == "cuda" else tokens
             tokens = tokens.to(device, non_blocking=True)
-            loss, norm = train_step(network, optimizer, tokens, config, done, ddp)
+            loss, norm = train_step(network, optimizer, tokens, config, done)
             done += 1
             for average in averages.values():
                 average.update(done)
@@ -964,39 +955,32 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                     board.add_scalar("loss", loss, step)
                     board.add_scalar("rate", lr, step)
                     board.add_scalar("gradient norm", norm, step)
-            if rank == 0:
-                append(folder / "metrics.csv", rows)
             shown.postfix = f"loss {loss:.3f}"
             shown.update(len(rows))
 
-            # save the weights and their averages, then the state, and stop if told to
-            if rank == 0 and at_checkpoint and done in written:
-                states = {folder / checkpoint_name(done): net.state_dict()}
-                due = averages if done % (config.averages_interval or 1) == 0 else {}
-                for text, average in due.items():
-                    path = folder / scheme_dir(text) / checkpoint_name(done)
-                    with contextlib.suppress(LawaError):  # nothing is averaged before its start
-                        states[path] = average.average()
-                write(states)
+            # the first rank saves the weights and their averages, then the state
             late = at_checkpoint and time.monotonic() - state_saved >= state_seconds
-            names = []
-            if rank == 0 and done in state_at:
-                names.append(f"state_{done}.pt")
-            if rank == 0 and (stop or late):
-                names.append("resume.pt")
-                state_saved = time.monotonic()
-            for name in names:
-                kept = {text: average.state_dict() for text, average in averages.items()}
-                write({folder / name: {
-                    "step": done, "threads": torch.get_num_threads(), "net": net.state_dict(),
-                    "optimizer": optimizer.state_dict(), "averages": kept}})
+            if rank == 0:
+                append(folder / "metrics.csv", rows)
+                if done in written:
+                    states = {folder / checkpoint_name(done): net.state_dict()}
+                    due = averages if done % (config.averages_interval or 1) == 0 else {}
+                    for text, average in due.items():
+                        path = folder / scheme_dir(text) / checkpoint_name(done)
+                        with contextlib.suppress(LawaError):  # nothing is averaged before its start
+                            states[path] = average.average()
+                    write(states)
+                if done in state_at:
+                    write({folder / f"state_{done}.pt": state()})
+                if stop or late:
+                    write({resume: state()})
+                    state_saved = time.monotonic()
             if stop:
                 break
 
         # the end, or a signal
-        ddp = network = None  # freed after the group of ranks, it would wait for ever
-        if writing:
-            writing.result()
+        network = None  # freed after the group of ranks, it would wait for ever
+        writing.result()
         if done < config.max_iters:
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(143)
         seconds = time.monotonic() - begun
