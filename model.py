@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -426,16 +427,14 @@ class Corpus:
         """Bytes of text per token; measured where meta.json has none, nan without a tokenizer."""
         if "val_bytes" in self.meta:
             return self.meta["val_bytes"] / self.meta["val_tokens"]
-        try:
-            tokenizer = self.tokenizer()
-        except OSError:  # tiktoken cannot download it
-            return math.nan
         counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
-        words = map(tokenizer.decode_single_token_bytes, range(self.vocab_size))
-        sizes = np.array([len(word) for word in words])
-        if self.meta["eot_token"] is not None:
-            sizes[self.meta["eot_token"]] = 0  # an end-of-text stands for no text
-        return float(counts @ sizes / counts.sum())
+        with contextlib.suppress(OSError):  # tiktoken cannot download it
+            word = self.tokenizer().decode_single_token_bytes
+            sizes = [len(word(token)) for token in range(self.vocab_size)]
+            if self.meta["eot_token"] is not None:
+                sizes[self.meta["eot_token"]] = 0  # an end-of-text stands for no text
+            return float(counts @ sizes / counts.sum())
+        return math.nan
 
     @property
     def fingerprint(self) -> str:
@@ -486,18 +485,18 @@ class Shards:
     def __getitem__(self, index) -> np.ndarray:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
-        which = np.searchsorted(self.ends, index, "right")  # the part that each token lies in
         tokens = np.empty(index.shape, np.uint16)
-        for i in np.unique(which):
-            begin = self.ends[i] - len(self.parts[i])
-            tokens[which == i] = self.parts[i][index[which == i] - begin]
+        for part, end in zip(self.parts, self.ends, strict=True):
+            here = (end - len(part) <= index) & (index < end)
+            tokens[here] = part[index[here] - end]  # counted from its end
         return tokens
 
 
 def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
     """(tokens,) uint16 of SPLIT.bin, or of shards *_SPLIT_*.bin as modded-nanogpt has them.
 
-    A shard begins with 256 int32: 20240520, 1, the number of its tokens.
+    A shard begins with 256 int32: 20240520, 1, the number of its tokens. Other headers are known by
+    a small version and hardly a number more, which 512 tokens are not.
     """
     plain = folder / f"{split}.bin"
     parts = []
@@ -505,24 +504,22 @@ def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
         size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
         require(size % 2 == 0, f"{path} has {size} bytes; expected an even number, of uint16 "
                 "tokens; fetch or prepare it again")
-        magic, version, claimed = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
-        shard = (magic, version, 2 * claimed) == (20240520, 1, size - 1024)
-        # a header of any kind has a date or the number of tokens, and hardly a number more
-        told = 20_000_000 < magic < 21_000_000 or size - 1024 in (2 * claimed, 4 * claimed)
-        headed = told and 0 < version < 1000 and np.count_nonzero(header) < 16
-        require(shard or not headed, f"{path}: its header says {magic}, {version}, {claimed}; "
+        magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
+        shard = (magic, version, 2 * count) == (20240520, 1, size - 1024)
+        headed = 0 < version < 1000 and np.count_nonzero(header) < 16
+        require(shard or not headed, f"{path}: its header says {magic}, {version}, {count}; "
                 f"expected 20240520, 1, {size // 2 - 512} or none; fetch it again or write uint16")
         parts.append(np.memmap(path, "<u2", "r", 1024 * shard) if size else np.empty(0, "<u2"))
     return Shards(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def four_bytes_each(tokens) -> bool:
-    """Whether tokens read as uint16 are low and high halves of uint32 in turn: the high all 0, or
-    below 16 as in vocabularies up to a million, and a tenth of the low not. Unless tokens of 2
+    """Whether tokens read as uint16 are low and high halves of uint32 in turn: the high below 16,
+    as in vocabularies up to a million, and a tenth of the low above them all. Unless tokens of 2
     bytes alternate, the chance of that is below 0.9^100 = 1 in 37,000, and soon none."""
     low, high = tokens[:100_000:2], tokens[1:100_000:2]
-    enough = len(tokens) % 2 == 0 and len(high) >= 100
-    return enough and any((high <= most).all() and (low > most).mean() > 0.1 for most in (0, 15))
+    most = high.max(initial=0)
+    return len(tokens) % 2 == 0 and len(high) >= 100 and most < 16 and (low > most).mean() > 0.1
 
 
 def read_characters(path: Path) -> dict:
@@ -1080,65 +1077,63 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     "n_blocks", "losses", "gains"}: loss in nats per token, its standard error over blocks, bits per
     byte of text; gain = run minus average, positive is good; losses, gains: (n_blocks,) float64.
     """
-    device = pick_device(device)
+    device, threads, jobs = pick_device(device), torch.get_num_threads(), 1
+    allow = ()  # of a public model, twins are wrong files
     if make is None:
         shape, corpus = run_model(run)
+        make = functools.partial(empty_model, shape, device)
         cache = cache or Path(run) / f"eval_{n_blocks}.npz"
+        allow = ("nonfinite", "duplicates")
+        if device.type == "cpu" and count_parameters(shape)[0] <= SMALL:
+            jobs = min(threads, 8)
     trajectory = lawa_core.open_trajectory(run)
     schemes = {"run": lawa_core.newest(), **schemes}
     at = list(trajectory.steps if at is None else at)
     known = read_losses(cache)
-    lacking = {}  # {label: steps at which it has not been evaluated}
-    for label, scheme in schemes.items():
-        lacking[label] = {step for step in at if step in redo or (step, str(scheme)) not in known}
-    missing = sorted(set().union(*lacking.values()))
-    wanted = {name: schemes[name] for name in schemes if lacking[name] or name == "run"}
+    todo = {(step, label) for step in at for label, scheme in schemes.items()
+            if step in redo or (step, str(scheme)) not in known}
+    needed = {"run"} | {label for _, label in todo}
+    wanted = {label: scheme for label, scheme in schemes.items() if label in needed}
     kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
     swept = {label: scheme for label, scheme in wanted.items() if label not in kept}
-    allow = () if make else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
+    free, busy = [], deque()  # models; (step and scheme, model, its losses to come)
+    if todo:
+        free = [make() for _ in range(jobs)]
 
-    def states():
-        """(step, label, state): the averages of a step, then those kept while training."""
-        for step, label, state in lawa_core.sweep(
-                trajectory, swept, missing, on_disk=on_disk, allow=allow):
-            yield step, label, state
-            if label == list(swept)[-1]:
-                for own, text in kept.items():
-                    path = Path(averages or run) / scheme_dir(text) / checkpoint_name(step)
-                    yield step, own, dict(lawa_core.open_checkpoint(path))
+    def begin(step, label, state) -> None:
+        """Begin an evaluation, if there is need of it, as soon as a model is free."""
+        if each:
+            each(step, label, state)
+        if (step, label) in todo:
+            net = free.pop() if free else finish()
+            load(net, state) if load else net.load_state_dict(state)
+            losses = pool.submit(evaluate, net, corpus, n_blocks)
+            busy.append(((step, str(schemes[label])), net, losses))
 
-    threads = torch.get_num_threads()
-    small = make is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
-    jobs = min(threads, 8) if small else 1
-    free, busy = [], []  # busy: (step, label, model, its losses to come)
-    if missing:
-        free = [make()] if make else [empty_model(shape, device) for _ in range(jobs)]
-
-    def finish() -> None:
-        """Wait for the evaluation begun first, and keep its losses."""
-        step, label, net, coming = busy.pop(0)
-        known[step, str(wanted[label])] = coming.result()
-        free.append(net)
-        if cache and label == [own for own in (*swept, *kept) if step in lacking[own]][-1]:
-            keep_losses(cache, known)
+    def finish() -> nn.Module:
+        """Wait for the evaluation begun first, keep its losses; the model that is free now."""
+        key, net, losses = busy.popleft()
+        known[key] = losses.result()
+        if cache:
+            keep_losses(cache, {key: known[key]})
         shown.update(1)
+        return net
 
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         pool = stack.enter_context(ThreadPoolExecutor(
             jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
-        shown = stack.enter_context(lawa_core.progress(
-            sum(map(len, lacking.values())), f"evaluating {trajectory.name}", " model"))
-        for step, label, state in states():
-            if each:
-                each(step, label, state)
-            if step in lacking[label]:
-                if not free:
-                    finish()
-                net = free.pop()
-                load(net, state) if load else net.load_state_dict(state)
-                busy.append((step, label, net, pool.submit(evaluate, net, corpus, n_blocks)))
+        shown = stack.enter_context(
+            lawa_core.progress(len(todo), f"evaluating {trajectory.name}", " model"))
+        steps = sorted({step for step, _ in todo})
+        for step, label, state in lawa_core.sweep(
+                trajectory, swept, steps, on_disk=on_disk, allow=allow):
+            begin(step, label, state)
             del state  # before the next one is made
+            if label == "run":
+                for own, text in kept.items():
+                    path = Path(averages or run) / scheme_dir(text) / checkpoint_name(step)
+                    begin(step, own, dict(lawa_core.open_checkpoint(path)))
         while busy:
             finish()
 
