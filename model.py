@@ -28,7 +28,6 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -422,19 +421,10 @@ class Corpus:
     name = property(lambda self: self.meta["name"])
     vocab_size = property(lambda self: self.meta["vocab_size"])
 
-    @functools.cached_property
+    @property
     def val_bytes_per_token(self) -> float:
-        """Bytes of text per token; measured where meta.json has none, nan without a tokenizer."""
-        if "val_bytes" in self.meta:
-            return self.meta["val_bytes"] / self.meta["val_tokens"]
-        counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
-        with contextlib.suppress(OSError):  # tiktoken cannot download it
-            word = self.tokenizer().decode_single_token_bytes
-            sizes = [len(word(token)) for token in range(self.vocab_size)]
-            if self.meta["eot_token"] is not None:
-                sizes[self.meta["eot_token"]] = 0  # an end-of-text stands for no text
-            return float(counts @ sizes / counts.sum())
-        return math.nan
+        """Bytes of text per token; nan where meta.json does not tell."""
+        return self.meta.get("val_bytes", math.nan) / self.meta["val_tokens"]
 
     @property
     def fingerprint(self) -> str:
@@ -443,19 +433,14 @@ class Corpus:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def tokenizer(self):
-        """A tiktoken.Encoding; of a model's tokenizer.json, encode_ordinary and decode alone."""
+        """A tiktoken.Encoding."""
         import tiktoken
         if "characters" in self.meta:
             ranks = {character.encode(): i for i, character in enumerate(self.meta["characters"])}
             return tiktoken.Encoding(self.name, pat_str="(?s:.)", mergeable_ranks=ranks,
                                      special_tokens={})
         path = self.folder / self.meta["tokenizer"]
-        if path.name == "tokenizer.json":
-            from tokenizers import Tokenizer
-            own = Tokenizer.from_file(str(path))
-            return SimpleNamespace(
-                encode_ordinary=lambda text: own.encode(text, add_special_tokens=False).ids,
-                decode=own.decode)
+        require(path.suffix != ".json", f"{path} is not tiktoken's; read it with tokenizers")
         if not path.exists():
             return tiktoken.get_encoding(self.meta["tokenizer"])  # one of tiktoken's own, "gpt2"
         words = [line.split() for line in path.read_text().splitlines()]
@@ -492,11 +477,11 @@ class Shards:
         return tokens
 
 
-def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
+def map_tokens(folder: Path, split: str) -> np.ndarray | Shards:
     """(tokens,) uint16 of SPLIT.bin, or of shards *_SPLIT_*.bin as modded-nanogpt has them.
 
-    A shard begins with 256 int32: 20240520, 1, the number of its tokens. Other headers are known by
-    a small version and hardly a number more, which 512 tokens are not.
+    Empty where there is no file. A shard begins with 256 int32: 20240520, 1, the number of its
+    tokens. Other headers are known by a small version and hardly a number more.
     """
     plain = folder / f"{split}.bin"
     parts = []
@@ -510,7 +495,7 @@ def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
         require(shard or not headed, f"{path}: its header says {magic}, {version}, {count}; "
                 f"expected 20240520, 1, {size // 2 - 512} or none; fetch it again or write uint16")
         parts.append(np.memmap(path, "<u2", "r", 1024 * shard) if size else np.empty(0, "<u2"))
-    return Shards(parts) if len(parts) > 1 else next(iter(parts), None)
+    return Shards(parts) if len(parts) > 1 else next(iter(parts), np.empty(0, "<u2"))
 
 
 def four_bytes_each(tokens) -> bool:
@@ -551,16 +536,18 @@ def open_corpus(name) -> Corpus:
     folder = DATA / str(name) if (DATA / str(name)).is_dir() else Path(name)
     described = folder / "meta.json"
     tokens = {split: map_tokens(folder, split) for split in ("train", "val")}
-    lacking = [split for split, part in tokens.items() if part is None]
     if described.exists():
-        with lawa_core.explained(f"{described}: damaged; prepare the corpus again"):
+        needed = ("name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens")
+        with lawa_core.explained(f"{described}: expected JSON with {', '.join(needed)}; prepare "
+                                 "the corpus again"):
             meta = json.loads(described.read_text())
+            meta |= {key: meta[key] for key in needed}
     else:
         command = f"python {DATA / str(name) / 'prepare.py'}"
         if not (DATA / str(name) / "prepare.py").exists():
             command = f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"
         killed = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*")]  # a prepare.py of ours
-        require(not lacking and not killed,
+        require(all(map(len, tokens.values())) and not killed,
                 f"no corpus {str(name)!r}: expected {described}; run {command}")
         meta = {"name": folder.resolve().name,
                 "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
@@ -571,15 +558,11 @@ def open_corpus(name) -> Corpus:
                     "4 (every second uint16 is tiny); write uint16, or a meta.json if they are")
             begin = hashlib.sha256(part[:100_000].tobytes()).hexdigest()
             meta |= {f"{split}_tokens": len(part), f"{split}_begin": begin}
-    needed = {"name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens"}
-    missing = ", ".join(sorted(needed - set(meta)))
-    require(not missing, f"{described} lacks {missing}; prepare the corpus again")
-    for split, part in tokens.items():
-        count, expected = "no" if part is None else len(part), meta[f"{split}_tokens"]
-        require(count == expected, f"{folder / split}.bin has {count} tokens of 2 bytes, "
-                f"meta.json says {expected}; prepare the corpus again")
     corpus = Corpus(folder, meta, **tokens)
-    for part in tokens.values():
+    for split, part in tokens.items():
+        expected = meta[f"{split}_tokens"]
+        require(len(part) == expected, f"{folder / split}.bin has {len(part)} tokens of 2 bytes, "
+                f"meta.json says {expected}; prepare the corpus again")
         corpus.known(part[:100_000])
     if not described.exists():
         say_once(f"{folder} has no meta.json: its tokens are taken for {meta['tokenizer']}'s")

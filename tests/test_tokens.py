@@ -213,7 +213,7 @@ def test_characters_are_read_with_their_own_vocabulary(tmp_path):
     tokenizer = found.tokenizer()
     assert tokenizer.decode(found.train.tolist()) == TEXT
     assert tokenizer.encode_ordinary(TEXT) == found.train.tolist()
-    assert found.val_bytes_per_token == pytest.approx(len(TEXT[:500].encode()) / 500)
+    assert np.isnan(found.val_bytes_per_token)  # not made up
 
 
 def test_other_characters_are_another_corpus(tmp_path):
