@@ -121,20 +121,20 @@ ONLINE = {  # averages kept while training, by scheme
 }
 
 
-def option(default, help: str, rule=(None, None)):
-    """A field of Config and, beside it, its rule: (legal values in words, test(value, config))."""
-    return field(default=default, metadata={"help": help, "legal": rule[0], "test": rule[1]})
-
-
 def one_of(*names: str):
     return f"one of {', '.join(names)}", lambda value, c: value in names
 
 
+ANY = "anything", lambda value, c: True  # rules: legal values in words, test(value, config)
 ABOVE_0 = "above 0", lambda value, c: 0 < value < math.inf
 AT_LEAST_0 = "at least 0", lambda value, c: 0 <= value < math.inf
 AT_LEAST_1 = "at least 1", lambda value, c: value >= 1
 BELOW_1 = "in [0, 1)", lambda value, c: 0 <= value < 1
 SHARE = "above 0, at most 1", lambda value, c: 0 < value <= 1
+
+
+def option(default, help: str, rule=ANY):
+    return field(default=default, metadata={"help": help, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,10 @@ class Config:
     def __post_init__(self):
         wrong = []
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["test"] and not f.metadata["test"](value, self):
-                legal = f.metadata["legal"].format_map(vars(self))
-                wrong.append(f"{f.name} must be {legal}, got {value!r}")
-        require(not wrong, "; ".join(wrong))
+            value, (legal, test) = getattr(self, f.name), f.metadata["rule"]
+            if not test(value, self):
+                wrong.append(f"{f.name} must be {legal.format_map(vars(self))}, got {value!r}")
+        lawa_core.refuse(wrong)
 
     def schemes(self) -> list[tuple[str, object]]:
         """(text, scheme) of the averages kept while training."""
@@ -197,10 +196,8 @@ class Config:
 
     online = property(lambda self: dict(self.schemes()))  # {text: scheme}
     block_size = property(lambda self: PRESETS[self.preset][3])
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+    sequences = property(lambda self: self.batch_size * self.gradient_accumulation_steps)
+    tokens_per_step = property(lambda self: self.sequences * self.block_size)
 
     @property
     def checkpoint_steps(self) -> list[int]:
@@ -214,10 +211,8 @@ class Config:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.backends.mps.is_available():
-        there = "mps"
-    return torch.device(there if device == "auto" else device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device((found or "cpu") if device == "auto" else device)
 
 # ---- 2. The network: GPT-2 or, by configuration, GPT-NeoX ----------------------------------------
 
@@ -371,9 +366,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return F.linear(x, self.head), None
-        own = x.device.type == "cpu" and x.dtype == torch.float32 and x.requires_grad
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            own = False
+        plain = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        own = plain and x.requires_grad and (x.device.type, x.dtype) == ("cpu", torch.float32)
         loss = LinearCrossEntropy.apply if own else F.linear_cross_entropy
         return None, loss(x.flatten(0, 1), self.head, targets.flatten())
 
@@ -577,8 +571,7 @@ def batch(tokens, config: Config, step: int, rank: int = 0, world: int = 1) -> n
     A function of (seed, step) alone: resuming, evaluating, and more ranks do not change it.
     """
     generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    starts = generator.integers(0, len(tokens) - config.block_size, sequences)
+    starts = generator.integers(0, len(tokens) - config.block_size, config.sequences)
     starts = np.split(starts, world)[rank]
     return tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64)
 
@@ -633,9 +626,8 @@ def claim(folder: Path, config: Config, corpus: Corpus) -> None:
         with lawa_core.replacing(path) as part:
             part.write_text(json.dumps(wanted, indent=1))
     found = json.loads(path.read_text())
-    changed = [key for key in wanted | found if found.get(key) != wanted.get(key)]
-    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}"
-               for key in changed if key not in BY_CONTENT]
+    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}" for key in wanted | found
+               if key not in BY_CONTENT and found.get(key) != wanted.get(key)]
     require(not changes, f"{folder} holds a run of another configuration ({', '.join(changes)}); "
             "choose another --out_dir")
 
@@ -801,9 +793,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
 
     # refuse what cannot work, before anything is written
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    share = sequences // world  # of a rank
-    require(sequences % world == 0 and share % min(config.batch_size, share) == 0,
+    share = config.sequences // world  # of a rank
+    require(config.sequences % world == 0 and share % min(config.batch_size, share) == 0,
             f"batch_size x gradient_accumulation_steps = {config.batch_size} x "
             f"{config.gradient_accumulation_steps} cannot be cut in {world} equal ranks")
     needed = {"training": corpus.train} | ({"validation": corpus.val} if eval_interval else {})
@@ -1275,12 +1266,9 @@ def main(argv=None) -> int:
         else:
             args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
             print(sample(**args))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as signalled:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
-        return 130
-    except SystemExit:
-        print("terminated, state saved; the same command goes on", file=sys.stderr)
-        raise
+        return getattr(signalled, "code", 130)
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
