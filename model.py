@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,21 +321,19 @@ class GPT(nn.Module):
     """
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
-        self.config = config
+        self.config = c = config
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initialization takes time, and global randomness
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
-            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.ln_f = nn.LayerNorm(config.n_embd, config.eps, bias=config.bias)
-            self.lm_head = None
-            if not config.tied:
-                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+            self.wpe = None if c.rotary else nn.Embedding(c.block_size, c.n_embd)
+            self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+            self.ln_f = nn.LayerNorm(c.n_embd, c.eps, bias=c.bias)
+            self.lm_head = None if c.tied else nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.to_empty(device=device)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                shrink = math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / shrink, generator=generator)
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
@@ -765,8 +762,8 @@ def append(path: Path, rows) -> None:
 
 def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None,
           compile: bool | None = None, eval_interval: int = 0, state_seconds: float = 30,
-          keep=None, disk_budget: float = math.inf, state_at: Collection[int] = (),
-          resume_from=None, bar: bool = False) -> Path:
+          keep=None, disk_budget: float = math.inf, state_at=(), resume_from=None,
+          bar: bool = False) -> Path:
     """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
 
     It holds config.json, metrics.csv (loss on the batch before the update), ckpt_<step>.safetensors
@@ -1033,8 +1030,9 @@ def mean_se(x: np.ndarray) -> tuple[float, float]:
 
 
 def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *,
-                        make=None, corpus: Corpus | None = None, load=None, each=None,
-                        on_disk: bool = False, cache=None, averages=None, redo=()) -> list[dict]:
+                        make=None, corpus: Corpus | None = None, load=GPT.load_state_dict,
+                        each=None, on_disk: bool = False, cache=None, averages=None,
+                        redo=()) -> list[dict]:
     """Losses of a trajectory and of averages along it, of a run as of a public model's checkpoints.
 
     The next average is made while the last is evaluated, and never more than one waits. Losses are
@@ -1043,7 +1041,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         schemes: {label: scheme, or the text of an average kept while training}; "run" is the run
         at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
         make: makes an empty model on the device, the only one used, if there is need of it
-        load: load(model, state) copies an average in, default load_state_dict
+        load: load(model, state) copies an average in
         each: each(step, label, state) is called before an evaluation, and may change the state
         cache: Path of a .npz; default eval_<n_blocks>.npz in a run folder, else none
         averages: where those kept while training are, default the run; redo: steps done again
@@ -1080,7 +1078,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
             each(step, label, state)
         if (step, label) in todo:
             net = free.pop() if free else finish()
-            load(net, state) if load else net.load_state_dict(state)
+            load(net, state)
             losses = pool.submit(evaluate, net, corpus, n_blocks)
             busy.append(((step, str(schemes[label])), net, losses))
 
