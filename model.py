@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -124,7 +123,7 @@ def one_of(*names: str):
     return f"one of {', '.join(names)}", lambda value, c: value in names
 
 
-ANY = "anything", lambda value, c: True  # rules: legal values in words, test(value, config)
+# rules: legal values in words, test(value, config)
 ABOVE_0 = "above 0", lambda value, c: 0 < value < math.inf
 AT_LEAST_0 = "at least 0", lambda value, c: 0 <= value < math.inf
 AT_LEAST_1 = "at least 1", lambda value, c: value >= 1
@@ -132,7 +131,7 @@ BELOW_1 = "in [0, 1)", lambda value, c: 0 <= value < 1
 SHARE = "above 0, at most 1", lambda value, c: 0 < value <= 1
 
 
-def option(default, help: str, rule=ANY):
+def option(default, help: str, rule=("anything", lambda value, c: True)):
     return field(default=default, metadata={"help": help, "rule": rule})
 
 
@@ -426,10 +425,6 @@ class Corpus:
     def tokenizer(self):
         """A tiktoken.Encoding."""
         import tiktoken
-        if "characters" in self.meta:
-            ranks = {character.encode(): i for i, character in enumerate(self.meta["characters"])}
-            return tiktoken.Encoding(self.name, pat_str="(?s:.)", mergeable_ranks=ranks,
-                                     special_tokens={})
         path = self.folder / self.meta["tokenizer"]
         require(path.suffix != ".json", f"{path} is not tiktoken's; read it with tokenizers")
         if not path.exists():
@@ -498,21 +493,6 @@ def four_bytes_each(tokens) -> bool:
     return len(tokens) % 2 == 0 and len(high) >= 100 and most < 16 and (low > most).mean() > 0.1
 
 
-def read_characters(path: Path) -> dict:
-    """What a meta.json would say, from a meta.pkl as nanoGPT writes it for characters."""
-    class Plain(pickle.Unpickler):  # containers, text and numbers alone, so that nothing can run
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code")
-    wrong = (f"{path}: expected vocab_size and itos, with a character for every token, as nanoGPT "
-             "writes them; describe the corpus in a meta.json instead")
-    with lawa_core.explained(wrong), open(path, "rb") as file:
-        meta = Plain(file).load()
-        text = "".join(meta["itos"][token] for token in range(meta["vocab_size"]))
-    require(len(set(text)) == len(text) == meta["vocab_size"],
-            f"{wrong} (it has {text[:50]!r} for {meta['vocab_size']} tokens)")
-    return {"vocab_size": len(text), "eot_token": None, "tokenizer": path.name, "characters": text}
-
-
 @functools.cache
 def say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
@@ -521,8 +501,8 @@ def say_once(line: str) -> None:
 def open_corpus(name) -> Corpus:
     """The corpus data/NAME/, or any folder, with its tokens mapped; LawaError with what to run.
 
-    Without a meta.json, token files as nanoGPT or modded-nanogpt write them are characters if there
-    is a meta.pkl, else taken for GPT-2's tokens, which is said on stderr.
+    Without a meta.json, token files as nanoGPT or modded-nanogpt write them are taken for GPT-2's
+    tokens, which is said on stderr.
     """
     folder = DATA / str(name) if (DATA / str(name)).is_dir() else Path(name)
     described = folder / "meta.json"
@@ -537,13 +517,12 @@ def open_corpus(name) -> Corpus:
         command = f"python {DATA / str(name) / 'prepare.py'}"
         if not (DATA / str(name) / "prepare.py").exists():
             command = f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"
-        killed = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*")]  # a prepare.py of ours
-        require(all(map(len, tokens.values())) and not killed,
-                f"no corpus {str(name)!r}: expected {described}; run {command}")
+        # tokens of their own: of a prepare.py that was killed, or nanoGPT's characters
+        own = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*"), *folder.glob("meta.pkl")]
+        require(all(map(len, tokens.values())) and not own, f"no corpus {str(name)!r}: expected "
+                f"{described}, which says whose the tokens are; run {command}")
         meta = {"name": folder.resolve().name,
                 "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
-        if (folder / "meta.pkl").exists():
-            meta |= read_characters(folder / "meta.pkl")
         for split, part in tokens.items():
             require(not four_bytes_each(part), f"{folder}: expected {split} tokens of 2 bytes, got "
                     "4 (every second uint16 is tiny); write uint16, or a meta.json if they are")
@@ -556,7 +535,7 @@ def open_corpus(name) -> Corpus:
                 f"meta.json says {expected}; prepare the corpus again")
         corpus.known(part[:100_000])
     if not described.exists():
-        say_once(f"{folder} has no meta.json: its tokens are taken for {meta['tokenizer']}'s")
+        say_once(f"{folder} has no meta.json: its tokens are taken for GPT-2's")
     return corpus
 
 # ---- 4. Batches and rates ------------------------------------------------------------------------
@@ -951,14 +930,14 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         writing.result()
         if done < config.max_iters:
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(143)
-        seconds = time.monotonic() - begun
-        speed = round((done - first) * config.tokens_per_step / max(seconds, 1e-9))
+        seconds = max(time.monotonic() - begun, 1e-9)
         if rank == 0:
             with lawa_core.replacing(summary) as part:
                 part.write_text(json.dumps({
                     "steps": done, "parameters": net.size(), "seconds": round(seconds, 1),
-                    "tokens_per_second": speed, "ranks": world, "threads": torch.get_num_threads(),
-                    "device": device.type, "torch": torch.__version__}, indent=1))
+                    "tokens_per_second": round((done - first) * config.tokens_per_step / seconds),
+                    "ranks": world, "threads": torch.get_num_threads(), "device": device.type,
+                    "torch": torch.__version__}, indent=1))
             resume.unlink(missing_ok=True)
     return folder
 
@@ -1131,8 +1110,6 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
     """Text after `prompt` from a run's checkpoint at `at` (default the newest) or an average."""
     shape, corpus = run_model(run)
     tokenizer = corpus.tokenizer()
-    unknown = sorted(set(prompt) - set(corpus.meta.get("characters", prompt)))
-    require(not unknown, f"prompt must have characters of {corpus.folder} alone, got {unknown}")
     idx = torch.tensor([tokenizer.encode_ordinary(prompt)], dtype=torch.long)  # (1, T)
     require(tokens >= 0 and idx.numel(), "expected tokens of at least 0 and a prompt that is not "
             f"empty, got {tokens} and {prompt!r}")
