@@ -456,10 +456,11 @@ class Shards:
     def __getitem__(self, index) -> np.ndarray:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
+        which = np.searchsorted(self.ends, index, "right")  # the part that each token lies in
         tokens = np.empty(index.shape, np.uint16)
-        for part, end in zip(self.parts, self.ends, strict=True):
-            here = (end - len(part) <= index) & (index < end)
-            tokens[here] = part[index[here] - end]  # counted from its end
+        for i, part in enumerate(self.parts):
+            here = which == i
+            tokens[here] = part[index[here] - self.ends[i]]  # counted from its end
         return tokens
 
 
@@ -512,7 +513,7 @@ def open_corpus(name) -> Corpus:
         with lawa_core.explained(f"{described}: expected JSON with {', '.join(needed)}; prepare "
                                  "the corpus again"):
             meta = json.loads(described.read_text())
-            meta |= {key: meta[key] for key in needed}
+            meta |= {key: meta[key] for key in needed}  # KeyError names what it lacks
     else:
         command = f"python {DATA / str(name) / 'prepare.py'}"
         if not (DATA / str(name) / "prepare.py").exists():
@@ -1160,8 +1161,7 @@ SCALES = {
 
 def scale_values(name: str) -> dict:
     require(name in SCALES, f"scale must be one of {', '.join(SCALES)}, got {name!r}")
-    usual = float(SCALES[name]["lrs"].split(",")[0])
-    return SCALES[name] | {"lr": usual}
+    return SCALES[name] | {"lr": float(SCALES[name]["lrs"].split(",")[0])}  # the usual rate
 
 
 def scale_config(values, **given) -> Config:
