@@ -18,16 +18,14 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -121,20 +119,20 @@ ONLINE = {  # averages kept while training, by scheme
 }
 
 
-def option(default, help: str, rule=(None, None)):
-    """A field of Config and, beside it, its rule: (legal values in words, test(value, config))."""
-    return field(default=default, metadata={"help": help, "legal": rule[0], "test": rule[1]})
-
-
 def one_of(*names: str):
     return f"one of {', '.join(names)}", lambda value, c: value in names
 
 
+# rules: legal values in words, test(value, config)
 ABOVE_0 = "above 0", lambda value, c: 0 < value < math.inf
 AT_LEAST_0 = "at least 0", lambda value, c: 0 <= value < math.inf
 AT_LEAST_1 = "at least 1", lambda value, c: value >= 1
 BELOW_1 = "in [0, 1)", lambda value, c: 0 <= value < 1
 SHARE = "above 0, at most 1", lambda value, c: 0 < value <= 1
+
+
+def option(default, help: str, rule=("anything", lambda value, c: True)):
+    return field(default=default, metadata={"help": help, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -180,11 +178,10 @@ class Config:
     def __post_init__(self):
         wrong = []
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["test"] and not f.metadata["test"](value, self):
-                legal = f.metadata["legal"].format_map(vars(self))
-                wrong.append(f"{f.name} must be {legal}, got {value!r}")
-        require(not wrong, "; ".join(wrong))
+            value, (legal, test) = getattr(self, f.name), f.metadata["rule"]
+            if not test(value, self):
+                wrong.append(f"{f.name} must be {legal.format_map(vars(self))}, got {value!r}")
+        lawa_core.refuse(wrong)
 
     def schemes(self) -> list[tuple[str, object]]:
         """(text, scheme) of the averages kept while training."""
@@ -197,10 +194,8 @@ class Config:
 
     online = property(lambda self: dict(self.schemes()))  # {text: scheme}
     block_size = property(lambda self: PRESETS[self.preset][3])
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+    sequences = property(lambda self: self.batch_size * self.gradient_accumulation_steps)
+    tokens_per_step = property(lambda self: self.sequences * self.block_size)
 
     @property
     def checkpoint_steps(self) -> list[int]:
@@ -214,10 +209,8 @@ class Config:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.backends.mps.is_available():
-        there = "mps"
-    return torch.device(there if device == "auto" else device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device((found or "cpu") if device == "auto" else device)
 
 # ---- 2. The network: GPT-2 or, by configuration, GPT-NeoX ----------------------------------------
 
@@ -327,21 +320,19 @@ class GPT(nn.Module):
     """
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
-        self.config = config
+        self.config = c = config
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initialization takes time, and global randomness
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
-            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.ln_f = nn.LayerNorm(config.n_embd, config.eps, bias=config.bias)
-            self.lm_head = None
-            if not config.tied:
-                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+            self.wpe = None if c.rotary else nn.Embedding(c.block_size, c.n_embd)
+            self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+            self.ln_f = nn.LayerNorm(c.n_embd, c.eps, bias=c.bias)
+            self.lm_head = None if c.tied else nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.to_empty(device=device)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                shrink = math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / shrink, generator=generator)
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
@@ -371,9 +362,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return F.linear(x, self.head), None
-        own = x.device.type == "cpu" and x.dtype == torch.float32 and x.requires_grad
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            own = False
+        plain = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        own = plain and x.requires_grad and (x.device.type, x.dtype) == ("cpu", torch.float32)
         loss = LinearCrossEntropy.apply if own else F.linear_cross_entropy
         return None, loss(x.flatten(0, 1), self.head, targets.flatten())
 
@@ -421,21 +411,10 @@ class Corpus:
     name = property(lambda self: self.meta["name"])
     vocab_size = property(lambda self: self.meta["vocab_size"])
 
-    @functools.cached_property
+    @property
     def val_bytes_per_token(self) -> float:
-        """Bytes of text per token; measured where meta.json has none, nan without a tokenizer."""
-        if "val_bytes" in self.meta:
-            return self.meta["val_bytes"] / self.meta["val_tokens"]
-        try:
-            tokenizer = self.tokenizer()
-        except OSError:  # tiktoken cannot download it
-            return math.nan
-        counts = np.bincount(self.val[:10_000_000], minlength=self.vocab_size)
-        words = map(tokenizer.decode_single_token_bytes, range(self.vocab_size))
-        sizes = np.array([len(word) for word in words])
-        if self.meta["eot_token"] is not None:
-            sizes[self.meta["eot_token"]] = 0  # an end-of-text stands for no text
-        return float(counts @ sizes / counts.sum())
+        """Bytes of text per token; nan where meta.json does not tell."""
+        return self.meta.get("val_bytes", math.nan) / self.meta["val_tokens"]
 
     @property
     def fingerprint(self) -> str:
@@ -444,19 +423,10 @@ class Corpus:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def tokenizer(self):
-        """A tiktoken.Encoding; of a model's tokenizer.json, encode_ordinary and decode alone."""
+        """A tiktoken.Encoding."""
         import tiktoken
-        if "characters" in self.meta:
-            ranks = {character.encode(): i for i, character in enumerate(self.meta["characters"])}
-            return tiktoken.Encoding(self.name, pat_str="(?s:.)", mergeable_ranks=ranks,
-                                     special_tokens={})
         path = self.folder / self.meta["tokenizer"]
-        if path.name == "tokenizer.json":
-            from tokenizers import Tokenizer
-            own = Tokenizer.from_file(str(path))
-            return SimpleNamespace(
-                encode_ordinary=lambda text: own.encode(text, add_special_tokens=False).ids,
-                decode=own.decode)
+        require(path.suffix != ".json", f"{path} is not tiktoken's; read it with tokenizers")
         if not path.exists():
             return tiktoken.get_encoding(self.meta["tokenizer"])  # one of tiktoken's own, "gpt2"
         words = [line.split() for line in path.read_text().splitlines()]
@@ -488,16 +458,17 @@ class Shards:
             index = np.arange(*index.indices(len(self)))
         which = np.searchsorted(self.ends, index, "right")  # the part that each token lies in
         tokens = np.empty(index.shape, np.uint16)
-        for i in np.unique(which):
-            begin = self.ends[i] - len(self.parts[i])
-            tokens[which == i] = self.parts[i][index[which == i] - begin]
+        for i, part in enumerate(self.parts):
+            here = which == i
+            tokens[here] = part[index[here] - self.ends[i]]  # counted from its end
         return tokens
 
 
-def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
+def map_tokens(folder: Path, split: str) -> np.ndarray | Shards:
     """(tokens,) uint16 of SPLIT.bin, or of shards *_SPLIT_*.bin as modded-nanogpt has them.
 
-    A shard begins with 256 int32: 20240520, 1, the number of its tokens.
+    Empty where there is no file. A shard begins with 256 int32: 20240520, 1, the number of its
+    tokens. Other headers are known by a small version and hardly a number more.
     """
     plain = folder / f"{split}.bin"
     parts = []
@@ -505,39 +476,22 @@ def map_tokens(folder: Path, split: str) -> np.ndarray | Shards | None:
         size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
         require(size % 2 == 0, f"{path} has {size} bytes; expected an even number, of uint16 "
                 "tokens; fetch or prepare it again")
-        magic, version, claimed = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
-        shard = (magic, version, 2 * claimed) == (20240520, 1, size - 1024)
-        # a header of any kind has a date or the number of tokens, and hardly a number more
-        told = 20_000_000 < magic < 21_000_000 or size - 1024 in (2 * claimed, 4 * claimed)
-        headed = told and 0 < version < 1000 and np.count_nonzero(header) < 16
-        require(shard or not headed, f"{path}: its header says {magic}, {version}, {claimed}; "
+        magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
+        shard = (magic, version, 2 * count) == (20240520, 1, size - 1024)
+        headed = 0 < version < 1000 and np.count_nonzero(header) < 16
+        require(shard or not headed, f"{path}: its header says {magic}, {version}, {count}; "
                 f"expected 20240520, 1, {size // 2 - 512} or none; fetch it again or write uint16")
         parts.append(np.memmap(path, "<u2", "r", 1024 * shard) if size else np.empty(0, "<u2"))
-    return Shards(parts) if len(parts) > 1 else next(iter(parts), None)
+    return Shards(parts) if len(parts) > 1 else next(iter(parts), np.empty(0, "<u2"))
 
 
 def four_bytes_each(tokens) -> bool:
-    """Whether tokens read as uint16 are low and high halves of uint32 in turn: the high all 0, or
-    below 16 as in vocabularies up to a million, and a tenth of the low not. Unless tokens of 2
+    """Whether tokens read as uint16 are low and high halves of uint32 in turn: the high below 16,
+    as in vocabularies up to a million, and a tenth of the low above them all. Unless tokens of 2
     bytes alternate, the chance of that is below 0.9^100 = 1 in 37,000, and soon none."""
     low, high = tokens[:100_000:2], tokens[1:100_000:2]
-    enough = len(tokens) % 2 == 0 and len(high) >= 100
-    return enough and any((high <= most).all() and (low > most).mean() > 0.1 for most in (0, 15))
-
-
-def read_characters(path: Path) -> dict:
-    """What a meta.json would say, from a meta.pkl as nanoGPT writes it for characters."""
-    class Plain(pickle.Unpickler):  # containers, text and numbers alone, so that nothing can run
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code")
-    wrong = (f"{path}: expected vocab_size and itos, with a character for every token, as nanoGPT "
-             "writes them; describe the corpus in a meta.json instead")
-    with lawa_core.explained(wrong), open(path, "rb") as file:
-        meta = Plain(file).load()
-        text = "".join(meta["itos"][token] for token in range(meta["vocab_size"]))
-    require(len(set(text)) == len(text) == meta["vocab_size"],
-            f"{wrong} (it has {text[:50]!r} for {meta['vocab_size']} tokens)")
-    return {"vocab_size": len(text), "eot_token": None, "tokenizer": path.name, "characters": text}
+    most = high.max(initial=0)
+    return len(tokens) % 2 == 0 and len(high) >= 100 and most < 16 and (low > most).mean() > 0.1
 
 
 @functools.cache
@@ -548,44 +502,41 @@ def say_once(line: str) -> None:
 def open_corpus(name) -> Corpus:
     """The corpus data/NAME/, or any folder, with its tokens mapped; LawaError with what to run.
 
-    Without a meta.json, token files as nanoGPT or modded-nanogpt write them are characters if there
-    is a meta.pkl, else taken for GPT-2's tokens, which is said on stderr.
+    Without a meta.json, token files as nanoGPT or modded-nanogpt write them are taken for GPT-2's
+    tokens, which is said on stderr.
     """
     folder = DATA / str(name) if (DATA / str(name)).is_dir() else Path(name)
     described = folder / "meta.json"
     tokens = {split: map_tokens(folder, split) for split in ("train", "val")}
-    lacking = [split for split, part in tokens.items() if part is None]
     if described.exists():
-        with lawa_core.explained(f"{described}: damaged; prepare the corpus again"):
+        needed = ("name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens")
+        with lawa_core.explained(f"{described}: expected JSON with {', '.join(needed)}; prepare "
+                                 "the corpus again"):
             meta = json.loads(described.read_text())
+            meta |= {key: meta[key] for key in needed}  # KeyError names what it lacks
     else:
         command = f"python {DATA / str(name) / 'prepare.py'}"
         if not (DATA / str(name) / "prepare.py").exists():
             command = f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"
-        killed = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*")]  # a prepare.py of ours
-        require(not lacking and not killed,
-                f"no corpus {str(name)!r}: expected {described}; run {command}")
+        # tokens of their own: of a prepare.py that was killed, or nanoGPT's characters
+        own = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*"), *folder.glob("meta.pkl")]
+        require(all(map(len, tokens.values())) and not own, f"no corpus {str(name)!r}: expected "
+                f"{described}, which says whose the tokens are; run {command}")
         meta = {"name": folder.resolve().name,
                 "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
-        if (folder / "meta.pkl").exists():
-            meta |= read_characters(folder / "meta.pkl")
         for split, part in tokens.items():
             require(not four_bytes_each(part), f"{folder}: expected {split} tokens of 2 bytes, got "
                     "4 (every second uint16 is tiny); write uint16, or a meta.json if they are")
             begin = hashlib.sha256(part[:100_000].tobytes()).hexdigest()
             meta |= {f"{split}_tokens": len(part), f"{split}_begin": begin}
-    needed = {"name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens"}
-    missing = ", ".join(sorted(needed - set(meta)))
-    require(not missing, f"{described} lacks {missing}; prepare the corpus again")
-    for split, part in tokens.items():
-        count, expected = "no" if part is None else len(part), meta[f"{split}_tokens"]
-        require(count == expected, f"{folder / split}.bin has {count} tokens of 2 bytes, "
-                f"meta.json says {expected}; prepare the corpus again")
     corpus = Corpus(folder, meta, **tokens)
-    for part in tokens.values():
+    for split, part in tokens.items():
+        expected = meta[f"{split}_tokens"]
+        require(len(part) == expected, f"{folder / split}.bin has {len(part)} tokens of 2 bytes, "
+                f"meta.json says {expected}; prepare the corpus again")
         corpus.known(part[:100_000])
     if not described.exists():
-        say_once(f"{folder} has no meta.json: its tokens are taken for {meta['tokenizer']}'s")
+        say_once(f"{folder} has no meta.json: its tokens are taken for GPT-2's")
     return corpus
 
 # ---- 4. Batches and rates ------------------------------------------------------------------------
@@ -597,8 +548,7 @@ def batch(tokens, config: Config, step: int, rank: int = 0, world: int = 1) -> n
     A function of (seed, step) alone: resuming, evaluating, and more ranks do not change it.
     """
     generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    starts = generator.integers(0, len(tokens) - config.block_size, sequences)
+    starts = generator.integers(0, len(tokens) - config.block_size, config.sequences)
     starts = np.split(starts, world)[rank]
     return tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64)
 
@@ -653,9 +603,8 @@ def claim(folder: Path, config: Config, corpus: Corpus) -> None:
         with lawa_core.replacing(path) as part:
             part.write_text(json.dumps(wanted, indent=1))
     found = json.loads(path.read_text())
-    changed = [key for key in wanted | found if found.get(key) != wanted.get(key)]
-    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}"
-               for key in changed if key not in BY_CONTENT]
+    changes = [f"{key} {found.get(key)!r} -> {wanted.get(key)!r}" for key in wanted | found
+               if key not in BY_CONTENT and found.get(key) != wanted.get(key)]
     require(not changes, f"{folder} holds a run of another configuration ({', '.join(changes)}); "
             "choose another --out_dir")
 
@@ -729,7 +678,7 @@ def adamw(net: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=fused)
 
 
-def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
+def train_step(network, optimizer, tokens, config: Config, step: int):
     """One optimizer step on tokens (sequences, block_size + 1), micro-batch by micro-batch.
 
     Returns (mean loss, gradient norm before clipping), on the device: reading them would stop it.
@@ -739,8 +688,7 @@ def train_step(network, optimizer, tokens, config: Config, step: int, ddp=None):
     parts = tokens.split(config.batch_size)
     mean = 0.0
     for i, part in enumerate(parts):
-        if ddp:  # gradients travel once per step, with the last micro-batch
-            ddp.require_backward_grad_sync = i == len(parts) - 1
+        network.require_backward_grad_sync = i == len(parts) - 1  # between ranks, once per step
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             _, loss = network(part[:, :-1], part[:, 1:])
         (loss / len(parts)).backward()
@@ -781,26 +729,21 @@ def on_cpu(tree):
 
 def start_table(path: Path, columns: str, step: int) -> None:
     """Begin a CSV, or cut it back to the step from which a run goes on."""
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    whole = [line for line in lines if line.count(",") == columns.count(",")]
+    whole = path.read_text().split("\n")[1:-1] if path.exists() else []
     kept = [line for line in whole if int(line.split(",")[0]) <= step]
     with lawa_core.replacing(path) as part:
         part.write_text("\n".join([columns, *kept, ""]))
 
 
 def append(path: Path, rows) -> None:
-    try:
-        with open(path, "a") as file:
-            file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
-    except OSError as error:
-        raise JobFailed(f"cannot write {path}: {error.strerror}; mend that, and the same command "
-                        "goes on from its last state") from None
+    with lawa_core.explained(f"cannot write {path}", JobFailed), open(path, "a") as file:
+        file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
 
 
 def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | None = None,
           compile: bool | None = None, eval_interval: int = 0, state_seconds: float = 30,
-          keep=None, disk_budget: float = math.inf, state_at: Collection[int] = (),
-          resume_from=None, bar: bool = False) -> Path:
+          keep=None, disk_budget: float = math.inf, state_at=(), resume_from=None,
+          bar: bool = False) -> Path:
     """Train a run, go on with an interrupted one, or find it finished. Returns its folder.
 
     It holds config.json, metrics.csv (loss on the batch before the update), ckpt_<step>.safetensors
@@ -822,35 +765,31 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     config = config.resolved(device)
     corpus = open_corpus(config.corpus)
     folder = Path(out_dir) if out_dir else run_dir(config)
+    resume, summary = folder / "resume.pt", folder / "summary.json"
     written = kept_steps(config, corpus.vocab_size, keep, disk_budget)
 
     # refuse what cannot work, before anything is written
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    share = sequences // world  # of a rank
-    require(sequences % world == 0 and share % min(config.batch_size, share) == 0,
+    share = config.sequences // world  # of a rank
+    require(config.sequences % world == 0 and share % min(config.batch_size, share) == 0,
             f"batch_size x gradient_accumulation_steps = {config.batch_size} x "
             f"{config.gradient_accumulation_steps} cannot be cut in {world} equal ranks")
-    for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
-        enough = len(tokens) > config.block_size or (split == "validation" and not eval_interval)
-        require(enough, f"{corpus.name} has {len(tokens)} {split} tokens; expected more than one "
-                f"block of {config.block_size}")
-    shape = gpt_config(config.preset, corpus.vocab_size)
-    with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
-        start = config.init_from and dict(lawa_core.open_checkpoint(config.init_from))
-        if start:  # refused before the run folder is made
-            empty_model(shape).load_state_dict(start)
-    require(threads is None or threads >= 1, f"threads must be at least 1, got {threads}")
-    require(eval_interval >= 0, f"eval_interval must be at least 0, got {eval_interval}")
-    require(state_seconds >= 0, f"state_seconds must be at least 0, got {state_seconds}")
+    needed = {"training": corpus.train} | ({"validation": corpus.val} if eval_interval else {})
+    for split, tokens in needed.items():
+        require(len(tokens) > config.block_size, f"{corpus.name} has {len(tokens)} {split} tokens; "
+                f"expected more than one block of {config.block_size}")
+    lawa_core.positive(threads=threads, eval_interval=eval_interval or None)
     spaced = " " in torch.__file__  # torch.compile calls the compiler without quoting its folder
     require(not (compile and spaced), "torch.compile fails where torch's folder has a space in its "
             f"name: {torch.__file__}; leave --compile out")
     compile = device.type == "cuda" and not spaced if compile is None else compile
+    net = GPT(gpt_config(config.preset, corpus.vocab_size), config.seed)
+    if config.init_from:
+        with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
+            net.load_state_dict(dict(lawa_core.open_checkpoint(config.init_from)))
 
     with contextlib.ExitStack() as stack:
         rank, device = stack.enter_context(joined_ranks(device, world))
-        resume, summary = folder / "resume.pt", folder / "summary.json"
         if rank == 0:
             claim(folder, config, corpus)
             stack.enter_context(locked(folder))
@@ -865,30 +804,26 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             return folder
 
         # set-up: the network, its optimizer and averages; or as an interrupted run had them
-        saved = None
-        if resume.exists():
-            saved = torch.load(resume, map_location=device, weights_only=True)
-        if saved or threads:  # with another number of threads, sums may round differently
-            torch.set_num_threads(saved["threads"] if saved else threads)
-        net = GPT(shape, config.seed).to(device)
+        if threads:
+            torch.set_num_threads(threads)
+        net.to(device)
         optimizer = adamw(net, config)
         averages = {text: ONLINE[type(scheme)](net, scheme) for text, scheme in config.schemes()}
         done = config.init_step
-        if saved:
+        if resume.exists():
+            saved = torch.load(resume, map_location=device, weights_only=True)
             done = saved["step"]
             require(set(averages) <= set(saved["averages"]) and done <= config.max_iters,
                     f"{resume} is not the state of a run that trained alike; remove {folder}")
+            torch.set_num_threads(saved["threads"])  # with others, sums may round differently
             net.load_state_dict(saved["net"])
             optimizer.load_state_dict(saved["optimizer"])
             for text, average in averages.items():
                 average.load_state_dict(saved["averages"][text])
-        elif start:
-            net.load_state_dict(start)
-        del saved, start
-        ddp = None
+            del saved
+        network = net
         if world > 1:
-            ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        network = ddp or net
+            network = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         if compile:
             torch.compiler.reset()  # the run before in this process had another network
             network = torch.compile(network)
@@ -897,14 +832,18 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
         if rank == 0 and eval_interval:
             start_table(folder / "val.csv", "step,loss", done)
 
+        def state() -> dict:
+            kept = {text: average.state_dict() for text, average in averages.items()}
+            return {"step": done, "threads": torch.get_num_threads(), "net": net.state_dict(),
+                    "optimizer": optimizer.state_dict(), "averages": kept}
+
         pool = stack.enter_context(ThreadPoolExecutor(1))  # files are written behind the training
-        writing = None
+        writing = pool.submit(bool)  # nothing yet
 
         def write(states: dict) -> None:
             """Write {path: state} as it is now; one copy in memory at a time."""
             nonlocal writing
-            if writing:
-                writing.result()  # an error of the writing before is raised here
+            writing.result()  # an error of the writing before is raised here
             copies = on_cpu(states)
             writing = pool.submit(lambda: [lawa_core.save(*item) for item in copies.items()])
 
@@ -933,7 +872,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             tokens = corpus.known(batch(corpus.train, config, done, rank, world))
             tokens = tokens.pin_memory() if device.type == "cuda" else tokens
             tokens = tokens.to(device, non_blocking=True)
-            loss, norm = train_step(network, optimizer, tokens, config, done, ddp)
+            loss, norm = train_step(network, optimizer, tokens, config, done)
             done += 1
             for average in averages.values():
                 average.update(done)
@@ -964,49 +903,42 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                     board.add_scalar("loss", loss, step)
                     board.add_scalar("rate", lr, step)
                     board.add_scalar("gradient norm", norm, step)
-            if rank == 0:
-                append(folder / "metrics.csv", rows)
             shown.postfix = f"loss {loss:.3f}"
             shown.update(len(rows))
 
-            # save the weights and their averages, then the state, and stop if told to
-            if rank == 0 and at_checkpoint and done in written:
-                states = {folder / checkpoint_name(done): net.state_dict()}
-                due = averages if done % (config.averages_interval or 1) == 0 else {}
-                for text, average in due.items():
-                    path = folder / scheme_dir(text) / checkpoint_name(done)
-                    with contextlib.suppress(LawaError):  # nothing is averaged before its start
-                        states[path] = average.average()
-                write(states)
+            # the first rank saves the weights and their averages, then the state
             late = at_checkpoint and time.monotonic() - state_saved >= state_seconds
-            names = []
-            if rank == 0 and done in state_at:
-                names.append(f"state_{done}.pt")
-            if rank == 0 and (stop or late):
-                names.append("resume.pt")
-                state_saved = time.monotonic()
-            for name in names:
-                kept = {text: average.state_dict() for text, average in averages.items()}
-                write({folder / name: {
-                    "step": done, "threads": torch.get_num_threads(), "net": net.state_dict(),
-                    "optimizer": optimizer.state_dict(), "averages": kept}})
+            if rank == 0:
+                append(folder / "metrics.csv", rows)
+                if done in written:
+                    states = {folder / checkpoint_name(done): net.state_dict()}
+                    due = averages if done % (config.averages_interval or 1) == 0 else {}
+                    for text, average in due.items():
+                        path = folder / scheme_dir(text) / checkpoint_name(done)
+                        with contextlib.suppress(LawaError):  # nothing is averaged before its start
+                            states[path] = average.average()
+                    write(states)
+                if done in state_at:
+                    write({folder / f"state_{done}.pt": state()})
+                if stop or late:
+                    write({resume: state()})
+                    state_saved = time.monotonic()
             if stop:
                 break
 
         # the end, or a signal
-        ddp = network = None  # freed after the group of ranks, it would wait for ever
-        if writing:
-            writing.result()
+        network = None  # freed after the group of ranks, it would wait for ever
+        writing.result()
         if done < config.max_iters:
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(143)
-        seconds = time.monotonic() - begun
-        speed = round((done - first) * config.tokens_per_step / max(seconds, 1e-9))
+        seconds = max(time.monotonic() - begun, 1e-9)
         if rank == 0:
             with lawa_core.replacing(summary) as part:
                 part.write_text(json.dumps({
                     "steps": done, "parameters": net.size(), "seconds": round(seconds, 1),
-                    "tokens_per_second": speed, "ranks": world, "threads": torch.get_num_threads(),
-                    "device": device.type, "torch": torch.__version__}, indent=1))
+                    "tokens_per_second": round((done - first) * config.tokens_per_step / seconds),
+                    "ranks": world, "threads": torch.get_num_threads(), "device": device.type,
+                    "torch": torch.__version__}, indent=1))
             resume.unlink(missing_ok=True)
     return folder
 
@@ -1078,8 +1010,9 @@ def mean_se(x: np.ndarray) -> tuple[float, float]:
 
 
 def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: str = "auto", *,
-                        make=None, corpus: Corpus | None = None, load=None, each=None,
-                        on_disk: bool = False, cache=None, averages=None, redo=()) -> list[dict]:
+                        make=None, corpus: Corpus | None = None, load=GPT.load_state_dict,
+                        each=None, on_disk: bool = False, cache=None, averages=None,
+                        redo=()) -> list[dict]:
     """Losses of a trajectory and of averages along it, of a run as of a public model's checkpoints.
 
     The next average is made while the last is evaluated, and never more than one waits. Losses are
@@ -1088,7 +1021,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
         schemes: {label: scheme, or the text of an average kept while training}; "run" is the run
         at: target steps, default all; n_blocks: see `evaluate`; on_disk: see `lawa_core.sweep`
         make: makes an empty model on the device, the only one used, if there is need of it
-        load: load(model, state) copies an average in, default load_state_dict
+        load: load(model, state) copies an average in
         each: each(step, label, state) is called before an evaluation, and may change the state
         cache: Path of a .npz; default eval_<n_blocks>.npz in a run folder, else none
         averages: where those kept while training are, default the run; redo: steps done again
@@ -1096,65 +1029,63 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
     "n_blocks", "losses", "gains"}: loss in nats per token, its standard error over blocks, bits per
     byte of text; gain = run minus average, positive is good; losses, gains: (n_blocks,) float64.
     """
-    device = pick_device(device)
+    device, threads, jobs = pick_device(device), torch.get_num_threads(), 1
+    allow = ()  # of a public model, twins are wrong files
     if make is None:
         shape, corpus = run_model(run)
+        make = functools.partial(empty_model, shape, device)
         cache = cache or Path(run) / f"eval_{n_blocks}.npz"
+        allow = ("nonfinite", "duplicates")
+        if device.type == "cpu" and count_parameters(shape)[0] <= SMALL:
+            jobs = min(threads, 8)
     trajectory = lawa_core.open_trajectory(run)
     schemes = {"run": lawa_core.newest(), **schemes}
     at = list(trajectory.steps if at is None else at)
     known = read_losses(cache)
-    lacking = {}  # {label: steps at which it has not been evaluated}
-    for label, scheme in schemes.items():
-        lacking[label] = {step for step in at if step in redo or (step, str(scheme)) not in known}
-    missing = sorted(set().union(*lacking.values()))
-    wanted = {name: schemes[name] for name in schemes if lacking[name] or name == "run"}
+    todo = {(step, label) for step in at for label, scheme in schemes.items()
+            if step in redo or (step, str(scheme)) not in known}
+    needed = {"run"} | {label for _, label in todo}
+    wanted = {label: scheme for label, scheme in schemes.items() if label in needed}
     kept = {label: text for label, text in wanted.items() if isinstance(text, str)}
     swept = {label: scheme for label, scheme in wanted.items() if label not in kept}
-    allow = () if make else ("nonfinite", "duplicates")  # of a public model, twins are wrong files
+    free, busy = [], deque()  # models; (step and scheme, model, its losses to come)
+    if todo:
+        free = [make() for _ in range(jobs)]
 
-    def states():
-        """(step, label, state): the averages of a step, then those kept while training."""
-        for step, label, state in lawa_core.sweep(
-                trajectory, swept, missing, on_disk=on_disk, allow=allow):
-            yield step, label, state
-            if label == list(swept)[-1]:
-                for own, text in kept.items():
-                    path = Path(averages or run) / scheme_dir(text) / checkpoint_name(step)
-                    yield step, own, dict(lawa_core.open_checkpoint(path))
+    def begin(step, label, state) -> None:
+        """Begin an evaluation, if there is need of it, as soon as a model is free."""
+        if each:
+            each(step, label, state)
+        if (step, label) in todo:
+            net = free.pop() if free else finish()
+            load(net, state)
+            losses = pool.submit(evaluate, net, corpus, n_blocks)
+            busy.append(((step, str(schemes[label])), net, losses))
 
-    threads = torch.get_num_threads()
-    small = make is None and device.type == "cpu" and count_parameters(shape)[0] <= SMALL
-    jobs = min(threads, 8) if small else 1
-    free, busy = [], []  # busy: (step, label, model, its losses to come)
-    if missing:
-        free = [make()] if make else [empty_model(shape, device) for _ in range(jobs)]
-
-    def finish() -> None:
-        """Wait for the evaluation begun first, and keep its losses."""
-        step, label, net, coming = busy.pop(0)
-        known[step, str(wanted[label])] = coming.result()
-        free.append(net)
-        if cache and label == [own for own in (*swept, *kept) if step in lacking[own]][-1]:
-            keep_losses(cache, known)
+    def finish() -> nn.Module:
+        """Wait for the evaluation begun first, keep its losses; the model that is free now."""
+        key, net, losses = busy.popleft()
+        known[key] = losses.result()
+        if cache:
+            keep_losses(cache, {key: known[key]})
         shown.update(1)
+        return net
 
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         pool = stack.enter_context(ThreadPoolExecutor(
             jobs, initializer=torch.set_num_threads, initargs=(threads // jobs,)))
-        shown = stack.enter_context(lawa_core.progress(
-            sum(map(len, lacking.values())), f"evaluating {trajectory.name}", " model"))
-        for step, label, state in states():
-            if each:
-                each(step, label, state)
-            if step in lacking[label]:
-                if not free:
-                    finish()
-                net = free.pop()
-                load(net, state) if load else net.load_state_dict(state)
-                busy.append((step, label, net, pool.submit(evaluate, net, corpus, n_blocks)))
+        shown = stack.enter_context(
+            lawa_core.progress(len(todo), f"evaluating {trajectory.name}", " model"))
+        steps = sorted({step for step, _ in todo})
+        for step, label, state in lawa_core.sweep(
+                trajectory, swept, steps, on_disk=on_disk, allow=allow):
+            begin(step, label, state)
             del state  # before the next one is made
+            if label == "run":
+                for own, text in kept.items():
+                    path = Path(averages or run) / scheme_dir(text) / checkpoint_name(step)
+                    begin(step, own, dict(lawa_core.open_checkpoint(path)))
         while busy:
             finish()
 
@@ -1180,8 +1111,6 @@ def sample(run, scheme=None, at: int | None = None, prompt: str = "\n", tokens: 
     """Text after `prompt` from a run's checkpoint at `at` (default the newest) or an average."""
     shape, corpus = run_model(run)
     tokenizer = corpus.tokenizer()
-    unknown = sorted(set(prompt) - set(corpus.meta.get("characters", prompt)))
-    require(not unknown, f"prompt must have characters of {corpus.folder} alone, got {unknown}")
     idx = torch.tensor([tokenizer.encode_ordinary(prompt)], dtype=torch.long)  # (1, T)
     require(tokens >= 0 and idx.numel(), "expected tokens of at least 0 and a prompt that is not "
             f"empty, got {tokens} and {prompt!r}")
@@ -1232,8 +1161,7 @@ SCALES = {
 
 def scale_values(name: str) -> dict:
     require(name in SCALES, f"scale must be one of {', '.join(SCALES)}, got {name!r}")
-    usual = float(SCALES[name]["lrs"].split(",")[0])
-    return SCALES[name] | {"lr": usual}
+    return SCALES[name] | {"lr": float(SCALES[name]["lrs"].split(",")[0])}  # the usual rate
 
 
 def scale_config(values, **given) -> Config:
@@ -1313,12 +1241,9 @@ def main(argv=None) -> int:
         else:
             args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
             print(sample(**args))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as signalled:
         print("interrupted, state saved; the same command goes on", file=sys.stderr)
-        return 130
-    except SystemExit:
-        print("terminated, state saved; the same command goes on", file=sys.stderr)
-        raise
+        return getattr(signalled, "code", 130)
     except (LawaError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, LawaError) and not isinstance(error, JobFailed) else 1
