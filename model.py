@@ -402,10 +402,11 @@ def count_parameters(config: GPTConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Folder data/NAME/: train.bin and val.bin, raw little-endian uint16 tokens, and meta.json."""
+    """Folder data/NAME/: meta.json, and train.bin and val.bin, raw little-endian tokens, uint16 or,
+    of a vocabulary above 65,536, uint32."""
     folder: Path
     meta: dict
-    train: np.ndarray | Shards  # (tokens,) uint16, mapped; empty where a text only evaluates
+    train: np.ndarray | Shards  # (tokens,), mapped; empty where a text only evaluates
     val: np.ndarray | Shards
 
     name = property(lambda self: self.meta["name"])
@@ -457,32 +458,32 @@ class Shards:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
         which = np.searchsorted(self.ends, index, "right")  # the part that each token lies in
-        tokens = np.empty(index.shape, np.uint16)
+        tokens = np.empty(index.shape, self.parts[0].dtype)
         for i, part in enumerate(self.parts):
             here = which == i
             tokens[here] = part[index[here] - self.ends[i]]  # counted from its end
         return tokens
 
 
-def map_tokens(folder: Path, split: str) -> np.ndarray | Shards:
-    """(tokens,) uint16 of SPLIT.bin, or of shards *_SPLIT_*.bin as modded-nanogpt has them.
+def map_tokens(folder: Path, split: str, kind) -> np.ndarray | Shards:
+    """(tokens,) of a type, of SPLIT.bin or of shards *_SPLIT_*.bin as modded-nanogpt has them.
 
     Empty where there is no file. A shard begins with 256 int32: 20240520, 1, the number of its
-    tokens. Other headers are known by a small version and hardly a number more.
+    uint16 tokens. Other headers are known by a small version and hardly a number more.
     """
     plain = folder / f"{split}.bin"
     parts = []
     for path in [plain] if plain.exists() else sorted(folder.glob(f"*_{split}_*.bin")):
         size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
-        require(size % 2 == 0, f"{path} has {size} bytes; expected an even number, of uint16 "
-                "tokens; fetch or prepare it again")
+        require(size % kind.itemsize == 0, f"{path} has {size} bytes; expected a multiple of "
+                f"{kind.itemsize}, of {kind} tokens; fetch or prepare it again")
         magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
         shard = (magic, version, 2 * count) == (20240520, 1, size - 1024)
         headed = 0 < version < 1000 and np.count_nonzero(header) < 16
         require(shard or not headed, f"{path}: its header says {magic}, {version}, {count}; "
                 f"expected 20240520, 1, {size // 2 - 512} or none; fetch it again or write uint16")
-        parts.append(np.memmap(path, "<u2", "r", 1024 * shard) if size else np.empty(0, "<u2"))
-    return Shards(parts) if len(parts) > 1 else next(iter(parts), np.empty(0, "<u2"))
+        parts.append(np.memmap(path, kind, "r", 1024 * shard) if size else np.empty(0, kind))
+    return Shards(parts) if len(parts) > 1 else next(iter(parts), np.empty(0, kind))
 
 
 def four_bytes_each(tokens) -> bool:
@@ -506,15 +507,16 @@ def open_corpus(name) -> Corpus:
     tokens, which is said on stderr.
     """
     folder = DATA / str(name) if (DATA / str(name)).is_dir() else Path(name)
-    described = folder / "meta.json"
-    tokens = {split: map_tokens(folder, split) for split in ("train", "val")}
+    described, meta, kind = folder / "meta.json", {}, np.dtype("<u2")
     if described.exists():
         needed = ("name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens")
         with lawa_core.explained(f"{described}: expected JSON with {', '.join(needed)}; prepare "
                                  "the corpus again"):
             meta = json.loads(described.read_text())
             meta |= {key: meta[key] for key in needed}  # KeyError names what it lacks
-    else:
+            kind = np.dtype("<u2" if meta["vocab_size"] <= 1 << 16 else "<u4")
+    tokens = {split: map_tokens(folder, split, kind) for split in ("train", "val")}
+    if not meta:
         command = f"python {DATA / str(name) / 'prepare.py'}"
         if not (DATA / str(name) / "prepare.py").exists():
             command = f"python {DATA / 'text' / 'prepare.py'} YOUR_TEXT --name {Path(name).name}"
@@ -532,8 +534,8 @@ def open_corpus(name) -> Corpus:
     corpus = Corpus(folder, meta, **tokens)
     for split, part in tokens.items():
         expected = meta[f"{split}_tokens"]
-        require(len(part) == expected, f"{folder / split}.bin has {len(part)} tokens of 2 bytes, "
-                f"meta.json says {expected}; prepare the corpus again")
+        require(len(part) == expected, f"{folder / split}.bin has {len(part)} tokens of "
+                f"{kind.itemsize} bytes, meta.json says {expected}; prepare the corpus again")
         corpus.known(part[:100_000])
     if not described.exists():
         say_once(f"{folder} has no meta.json: its tokens are taken for GPT-2's")
@@ -736,7 +738,8 @@ def start_table(path: Path, columns: str, step: int) -> None:
 
 
 def append(path: Path, rows) -> None:
-    with lawa_core.explained(f"cannot write {path}", JobFailed), open(path, "a") as file:
+    advice = f"cannot write {path}; mend that, and the same command goes on from its last state"
+    with lawa_core.explained(advice, JobFailed), open(path, "a") as file:
         file.writelines(",".join(map(repr, row)) + "\n" for row in rows)
 
 

@@ -1,9 +1,10 @@
 """Build a corpus folder from text files: files -> documents -> split -> tokenizer -> tokens.
 
-The folder holds train.bin and val.bin (token ids, little-endian uint16, <|endoftext|> after each
-document), meta.json, and a tokenizer that is the corpus's own: tokenizer.tiktoken (a line per
-token: base64 of its bytes, rank) or a model's tokenizer.json. The prepare.py scripts share this
-file. `build` holds all text in memory: fine for a gigabyte or two; what reads parquet does not.
+The folder holds train.bin and val.bin (token ids, little-endian uint16, or uint32 where the
+vocabulary is above 65,536; <|endoftext|> after each document), meta.json, and a tokenizer that is
+the corpus's own: tokenizer.tiktoken (a line per token: base64 of its bytes, rank) or a model's
+tokenizer.json. The prepare.py scripts share this file. `build` holds all text in memory: fine for a
+gigabyte or two; what reads parquet does not.
 """
 
 import argparse
@@ -320,6 +321,11 @@ def cut_tail(text, fraction):
 # ---- tokenizer and token ids ----
 
 
+def token_type(vocab_size):
+    """Return numpy's type of the ids of a vocabulary of that size."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
 def train_tokenizer(texts, vocab_size):
     """Return a byte-pair tiktoken.Encoding: 256 bytes, merges, and <|endoftext|> as the last id."""
     import rustbpe
@@ -370,7 +376,7 @@ def write_tokens(path, texts, encoding, pieces=pieces, limit=None):
     Returns (tokens, UTF-8 bytes of text). With a `limit`, the text that reaches so many tokens is
     the last, and whole.
     """
-    tokens = nbytes = 0
+    tokens, nbytes, kind = 0, 0, token_type(encoding.n_vocab)
     parts = (part for text in texts for part in pieces(text))
     with (open(path, "wb") as file,
           progress(limit, path.name, " tokens", unit_scale=True) as bar):
@@ -380,7 +386,7 @@ def write_tokens(path, texts, encoding, pieces=pieces, limit=None):
             for ids, (piece, last) in zip(encoded, batch, strict=True):
                 if last:
                     ids.append(encoding.eot_token)
-                file.write(np.array(ids, dtype="<u2").tobytes())
+                file.write(np.array(ids, kind).tobytes())
                 tokens += len(ids)
                 nbytes += len(piece.encode())
                 bar.update(len(ids))
@@ -429,8 +435,9 @@ def is_finished(out, settings):
     """Tell whether `out` holds a whole corpus with these settings, a dict of keys in meta.json."""
     try:
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        width = np.dtype(token_type(meta["vocab_size"])).itemsize
         for side in ("train", "val"):
-            if (out / f"{side}.bin").stat().st_size != 2 * meta[f"{side}_tokens"]:
+            if (out / f"{side}.bin").stat().st_size != width * meta[f"{side}_tokens"]:
                 return False
         own = meta["tokenizer"] in (TOKENIZER, JSON_TOKENIZER)
         if own and not (out / meta["tokenizer"]).is_file():
@@ -444,7 +451,7 @@ def check_settings(vocab_size, val_fraction):
     if not 0 < val_fraction < 1:
         raise LawaError(f"--val-fraction {val_fraction}: must lie between 0 and 1")
     if not 257 <= vocab_size <= 65536:
-        limits = f"257 (256 bytes and {EOT}) to 65536 (uint16 token ids)"
+        limits = f"257 (256 bytes and {EOT}) to 65536"
         raise LawaError(f"--vocab-size {vocab_size}: must be {limits}")
 
 

@@ -74,8 +74,6 @@ class JsonTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.n_vocab = self.tokenizer.get_vocab_size()
-        if self.n_vocab > 65536:
-            raise LawaError(f"{path}: {self.n_vocab} token ids, at most 65536 fit into uint16")
         ends = [self.tokenizer.token_to_id(end) for end in ENDS]
         found = [token for token in ends if token is not None]
         if not found:
@@ -175,7 +173,7 @@ def build(source, column, tokenizer, limit, out, settings):
             raise LawaError(f"{source}: no text found in {len(files)} files")
         (folder / "train.bin").touch()
         shutil.copyfile(tokenizer, folder / JSON_TOKENIZER)
-        ids = np.fromfile(path, "<u2")
+        ids = np.fromfile(path, corpus.token_type(encoding.n_vocab))
         warning = f"{WARNING} ({SOURCES[source].trained_on})" if source in SOURCES else WARNING
         meta = settings | {
             "origin": origin,
