@@ -38,7 +38,7 @@ from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, product
+from itertools import pairwise, product
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,11 +325,13 @@ class Row:
         sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
 
     keep is 1, or an EMA's beta; the adds are the weights, or 1 where all are equal, so that a mean
-    is a sum with one division, and the next row can go on from an EMA's or SWA's (see `chain`).
+    is a sum with one division. running: an EMA or SWA, whose sum goes on from that of the row
+    `before`, so that only `todo` is to be added; a window that slides is summed anew, since what
+    leaves it would leave its rounding behind. reads: the steps that this takes.
     weights: {step: weight}, ascending, without zeros, divided by their sum.
     """
 
-    def __init__(self, scheme, steps, at: int):
+    def __init__(self, scheme, steps, at: int, before: Row | None = None):
         if at not in steps:
             raise LawaError(f"no checkpoint at step {at}; there are {some(steps)}")
         given = {step: float(weight) for step, weight in sorted(scheme(steps, at).items())}
@@ -338,35 +340,21 @@ class Row:
             raise LawaError(f"{scheme} gives weights that sum to {total} over steps "
                             f"{some(list(given))}; expected 1, on available steps")
         self.weights = {step: weight / total for step, weight in given.items() if weight}
-        self.keep, self.add = 1.0, self.weights
+        self.keep, self.add, self.running = 1.0, self.weights, isinstance(scheme, swa)
         if isinstance(scheme, ema) and scheme.beta:
-            self.keep, self.add = scheme.beta, dict.fromkeys(given, 1.0)
+            self.keep, self.add, self.running = scheme.beta, dict.fromkeys(given, 1.0), True
             self.add[min(given)] = 1 / (1 - scheme.beta)
         elif len(set(self.weights.values())) == 1:
             self.add = dict.fromkeys(self.weights, 1.0)
         self.total = np.longdouble(0)
         for add in self.add.values():
             self.total = self.keep * self.total + add
-        self.newest = max(self.add)
-        self.todo = self.add  # what is to be added to the sum of the row before, or to none
-        self.goes_on = self.kept = False  # from the sum of the row before; for the row after
-
-
-def chain(rows: list[Row]) -> list[Row]:
-    """The rows of one scheme, each going on from the sum of the row before it if all can.
-
-    A window that slides must be summed anew, since what leaves it would leave its rounding behind.
-    """
-    on, anew = [], []
-    for before, this in pairwise(rows):
-        first = dict(list(this.add.items())[:len(before.add)])
-        goes = this.keep == before.keep and first == before.add
-        (on if goes else anew).append((before, this))
-    if all(len(before.add) == 1 for before, _ in anew):
-        for before, this in on:
-            this.goes_on = before.kept = True
-            this.todo = dict(list(this.add.items())[len(before.add):])
-    return rows
+        self.goes_on, self.todo, self.newest = False, self.add, max(self.add)
+        if before and before.running and self.running and before.keep == self.keep:
+            adds, done = list(self.add.items()), list(before.add.items())
+            if adds[:len(done)] == done:
+                self.goes_on, self.todo = True, dict(adds[len(done):])
+        self.reads = {*self.todo, self.newest}
 
 
 def row(scheme, steps, at: int) -> dict[int, float]:
@@ -1272,6 +1260,7 @@ def check(source, key: str | None = None) -> list[str]:
 
 TILE = 1 << 21  # bytes of doubles of one checkpoint at a time; in smaller ones threads fight for
 IN_MEMORY = 1 << 25  # Python's lock. With many checkpoints they shrink, to so many bytes in all.
+WIDE = {"F64": np.longdouble}  # what a type is summed in; all others in double
 
 
 def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, Stored],
@@ -1291,60 +1280,53 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
     tiles = [(name, start, min(start + width, stored.numel)) for name, stored in wanted.items()
              for start in range(0, stored.numel, width)]
     uses = Counter(step for this in rows for step in this.todo)
-    for name, stored in wanted.items():
-        if sums is not None and stored.dtype in FLOATS and not rows[0].goes_on:
-            sums[name] = np.empty(stored.numel, np.longdouble if stored.dtype == "F64" else float)
+    problems = set()
 
-    def make(place) -> tuple[int, list[str]]:
-        """One tile of every row; returns (bytes read, problems)."""
+    def make(place) -> int:
+        """One tile of every row; returns the bytes read."""
         name, start, stop = place
         dtype = wanted[name].dtype
-        wide = np.longdouble if dtype == "F64" else np.float64
-        raws, values, problems = {}, {}, []
+        floats, wide = dtype in FLOATS, WIDE.get(dtype, np.float64)
+        raws, values = {}, {}
         for step, checkpoint in opened.items():
             stored = checkpoint.data[name]
             raws[step] = stored.read(start * stored.itemsize, stop * stored.itemsize)
-            if dtype in FLOATS:
+            if floats:
                 values[step] = widen(raws[step], stored.dtype)
                 if uses[step] > 2:  # then once, instead of at every addition
                     values[step] = values[step].astype(wide)
-        total = sums[name][start:stop] if sums and dtype in FLOATS else np.empty(stop - start, wide)
+        total = sums[name][start:stop] if sums else np.empty(stop - start, wide)
         for m, this in enumerate(rows):
             data = raws[this.newest]
             lone = len(this.add) == 1 and opened[this.newest].data[name].dtype == dtype
-            if dtype in FLOATS and (this.kept or not lone):
-                for summed, (step, add) in enumerate(this.todo.items(), int(this.goes_on)):
-                    if not summed:
-                        np.multiply(values[step], add, out=total, dtype=wide)
-                        continue
+            if floats and (this.running or not lone):
+                if not this.goes_on:
+                    total.fill(-0.0)  # which leaves what is added to it as it is
+                for step, add in this.todo.items():
                     if this.keep != 1:
                         total *= this.keep
                     total += values[step] if add == 1 else values[step].astype(wide) * add
                 if not lone:
                     data = narrow(total / wide(this.total), dtype)
             if "nonfinite" not in allow and not finite(data, dtype):
-                bad = [step for step in this.add if step in opened
+                bad = [opened[step].data[name].path for step in this.add if step in opened
                        and not finite(raws[step], opened[step].data[name].dtype)]
-                problems += [f"{opened[step].data[name].path}: {name} holds NaN or Inf; leave it "
-                             "out (or --allow nonfinite)" for step in bad]
+                problems.update(f"{path}: {name} holds NaN or Inf; leave it out (or --allow "
+                                "nonfinite)" for path in bad)
                 if not bad:
-                    problems.append(f"{name} overflows {dtype} in the average; write it with a "
-                                    "wider --dtype")
+                    problems.add(f"{name} overflows {dtype} in the average; write it with a wider "
+                                 "--dtype")
             write(m, name, start * wanted[name].itemsize, data)
-        return sum(map(len, raws.values())), problems
+        return sum(map(len, raws.values()))
 
-    done, found = 0, set()
+    done = 0
     total = sum(checkpoint.data[name].nbytes for checkpoint in opened.values() for name in wanted)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for nbytes, problems in (pool.map if len(tiles) > 1 < threads else map)(make, tiles):
+    with ThreadPoolExecutor(threads) as pool:
+        for nbytes in (pool.map if len(tiles) > 1 < threads else map)(make, tiles):
             done += nbytes
-            found.update(problems)
             if progress:
                 progress(done, total)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    refuse(sorted(found))
+    refuse(sorted(problems))
 
 
 def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -1401,6 +1383,9 @@ def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums=None, allow=())
     wanted, ties = layout(opened)
     if sums is not None:  # what is tied now may not have been before
         wanted, ties = opened[max(opened)].data, {}
+        if not this.goes_on:
+            sums |= {name: np.empty(stored.numel, WIDE.get(stored.dtype, np.float64))
+                     for name, stored in wanted.items()}
     data = {name: np.empty(stored.nbytes, np.uint8) for name, stored in wanted.items()}
 
     def write(_, name, start, part):
@@ -1431,14 +1416,13 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
     Errors: LawaError for checkpoints that do not fit together.
     """
     trajectory = open_trajectory(source, key)
-    targets = trajectory.steps if at is None else sorted(at)
-    rows = {}
-    for name, scheme in schemes.items():
-        rows[name] = chain([Row(scheme, trajectory.steps, target) for target in targets])
-    last: dict[int, int] = {}  # step: the last target that reads it
-    for i, target in enumerate(targets):
-        for own in rows.values():
-            last |= dict.fromkeys((*own[i].todo, own[i].newest), target)
+    targets = trajectory.steps if at is None else sorted(set(at))
+    plan, last, own = {}, {}, {}  # rows by target and name; of each step the last target to read it
+    for target in targets:
+        own = plan[target] = {name: Row(scheme, trajectory.steps, target, own.get(name))
+                              for name, scheme in schemes.items()}
+        for this in own.values():
+            last |= dict.fromkeys(this.reads, target)
     trajectory.expect(sorted(last))
     held, seen, kept = {}, {}, {}  # checkpoints by step, steps by fingerprint, sums by scheme
     for step in sorted({*last, *targets}):
@@ -1456,12 +1440,9 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                     data = stored.read(0, stored.nbytes)
                     stored.read = lambda start, stop, data=data: data[start:stop]
                 trajectory.release(step)
-        if step in targets:
-            for name, own in rows.items():
-                this = own[targets.index(step)]
-                sums = kept.setdefault(name, {}) if this.kept or this.goes_on else None
-                opened = {s: held[s] for s in sorted({*this.todo, this.newest})}
-                yield step, name, state_dict(opened, this, sums, allow)
+        for name, this in plan.get(step, {}).items():
+            sums = kept.setdefault(name, {}) if this.running else None
+            yield step, name, state_dict({s: held[s] for s in this.reads}, this, sums, allow)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
             if on_disk:
@@ -1487,8 +1468,8 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
         raise LawaError(f"expected one output or more and a dtype of {', '.join(FLOATS)}, got "
                         f"{len(outputs)} and {dtype!r}")
     rows = []
-    for scheme, group in groupby(outputs.values(), key=lambda output: output[0]):
-        rows += chain([Row(scheme, trajectory.steps, at) for _, at in group])
+    for scheme, at in outputs.values():
+        rows.append(Row(scheme, trajectory.steps, at, *rows[-1:]))
     opened, problems = open_steps(trajectory, {step for this in rows for step in this.add}, allow)
     refuse(problems)
     wanted, ties = layout(opened)
