@@ -319,9 +319,9 @@ class Row:
         sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
 
     keep is 1, or an EMA's beta; the adds are the weights, or 1 where all are equal, so that a mean
-    is a sum with one division. running: an EMA or SWA, whose sum goes on from that of the row
-    `before`, so that only `todo` is to be added; a window that slides is summed anew, since what
-    leaves it would leave its rounding behind. reads: the steps that this takes.
+    is a sum with one division. The sum of a running scheme (SWA, EMA) goes on from that of the row
+    `before`, to which `todo` is added; a window that slides is summed anew, since what leaves it
+    would leave its rounding behind. reads: the steps whose checkpoints this takes.
     weights: {step: weight}, ascending, without zeros, divided by their sum.
     """
 
@@ -1431,8 +1431,7 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
             yield step, name, state_dict({s: held[s] for s in this.reads}, this, sums, allow)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
-            if on_disk:
-                trajectory.release(spent)
+            trajectory.release(spent)
 
 
 def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(), like=None,
