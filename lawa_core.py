@@ -333,21 +333,21 @@ class Row:
         if not set(given) <= set(steps) or not 1e-12 < abs(total) < math.inf:
             raise LawaError(f"{scheme} gives weights that sum to {total} over steps "
                             f"{some(list(given))}; expected 1, on available steps")
+        self.scheme, self.at = scheme, at
         self.weights = {step: weight / total for step, weight in given.items() if weight}
-        self.keep, self.add, self.running = 1.0, self.weights, isinstance(scheme, swa)
+        self.keep, self.add = 1.0, self.weights
         if isinstance(scheme, ema) and scheme.beta:
-            self.keep, self.add, self.running = scheme.beta, dict.fromkeys(given, 1.0), True
+            self.keep, self.add = scheme.beta, dict.fromkeys(given, 1.0)
             self.add[min(given)] = 1 / (1 - scheme.beta)
         elif len(set(self.weights.values())) == 1:
             self.add = dict.fromkeys(self.weights, 1.0)
         self.total = np.longdouble(0)
         for add in self.add.values():
             self.total = self.keep * self.total + add
-        self.goes_on, self.todo, self.newest = False, self.add, max(self.add)
-        if before and before.running and self.running and before.keep == self.keep:
-            adds, done = list(self.add.items()), list(before.add.items())
-            if adds[:len(done)] == done:
-                self.goes_on, self.todo = True, dict(adds[len(done):])
+        self.newest, self.running = max(self.add), isinstance(scheme, swa) or self.keep != 1
+        done = before.add.items() if self.running and before and before.scheme == scheme else set()
+        self.goes_on = bool(done) and done <= self.add.items()
+        self.todo = dict(sorted(self.add.items() - done)) if self.goes_on else self.add
         self.reads = {*self.todo, self.newest}
 
 
@@ -1257,16 +1257,16 @@ IN_MEMORY = 1 << 25  # Python's lock. With many checkpoints they shrink, to so m
 WIDE = {"F64": np.longdouble}  # what a type is summed in; all others in double
 
 
-def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, Stored],
+def mix(opened: Mapping[int, Checkpoint], rows: Mapping[object, Row], wanted: Mapping[str, Stored],
         write: Callable, *, sums: dict | None = None, allow=(), threads: int | None = None,
         tile: int = TILE, progress: Callable | None = None) -> None:
-    """Make every row of the opened checkpoints, and call write(row number, tensor, offset, bytes).
+    """Make the averages {output: row} by calls of write(output, tensor, offset, bytes).
 
-    wanted: names, types and shapes of the averages. Floats are summed in double (long double for
-    float64) and rounded once; a lone checkpoint's bytes are taken as they are; what is no float
-    comes from the newest of the row. sums: of a single row {tensor: (numel,) double}, from which
-    it goes on, and where it leaves its own. write is called on several threads, progress with
-    (bytes read, bytes in all). Errors: LawaError that names who made an average NaN or infinite.
+    wanted: their names, types and shapes. Floats are summed in double (long double for float64) and
+    rounded once; a lone checkpoint's bytes are taken as they are; what is no float comes from the
+    newest of the row. sums: of a single row {tensor: (numel,) double}, from which it goes on, and
+    where it leaves its own. write is called on several threads, progress with (bytes read, bytes in
+    all). Errors: LawaError that names who made an average NaN or infinite.
     """
     threads = threads or os.cpu_count() or 1
     np.empty(16 << 20, np.uint8)  # freed, it teaches glibc to keep a tile's memory for the next one
@@ -1287,7 +1287,7 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
             if floats:
                 values[step] = widen(raws[step], one.dtype)
         total = sums[name][start:stop] if sums else np.empty(stop - start, wide)
-        for m, this in enumerate(rows):
+        for output, this in rows.items():
             data = raws[this.newest]
             lone = len(this.add) == 1 and stored[this.newest].dtype == dtype
             if floats and (this.running or not lone):
@@ -1305,7 +1305,7 @@ def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, 
                 bad = [f"{one.path}: {name} holds NaN or Inf; leave it out (or --allow nonfinite)"
                        for step, one in stored.items() if not finite(raws[step], one.dtype)]
                 problems.update(bad or [f"{name} overflows {dtype}; take a wider --dtype"])
-            write(m, name, start * wanted[name].itemsize, data)
+            write(output, name, start * wanted[name].itemsize, data)
         return sum(map(len, raws.values()))
 
     done = 0
@@ -1377,7 +1377,7 @@ def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums=None, allow=())
 
     def write(_, name, start, part):
         data[name][start:start + len(part)] = part
-    mix(opened, [this], wanted, write, sums=sums, allow=allow)
+    mix(opened, {None: this}, wanted, write, sums=sums, allow=allow)
     state = {name: wanted[name].tensor(raw) for name, raw in data.items()}
     return state | {name: state[kept] for name, kept in ties.items()}
 
@@ -1451,9 +1451,10 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     positive(threads=threads, tile=tile)
     if not outputs or dtype not in (None, *FLOATS):
         raise LawaError(f"expected outputs and a dtype of {FLOATS}, got {len(outputs)}, {dtype!r}")
-    outputs, rows = {Path(path): average for path, average in outputs.items()}, []
     inputs = {Path(path).resolve() for path in trajectory.sources.values()}
+    rows, this = {}, None
     for path, (scheme, at) in outputs.items():
+        path = Path(path)
         if inputs & {path.resolve(), *path.resolve().parents}:
             raise LawaError(f"{path} is an input; choose another output")
         # a slip makes no folder, whose name may have a number behind its dot
@@ -1462,8 +1463,9 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
                             "the name of a new folder without such an ending")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
             raise LawaError(f"{path} is a folder that is not empty; choose another, or remove it")
-        rows.append(Row(scheme, trajectory.steps, at, *rows[-1:]))
-    opened, problems = open_steps(trajectory, {step for this in rows for step in this.add}, allow)
+        this = rows[path] = Row(scheme, trajectory.steps, at, this)
+    steps = set().union(*(this.add for this in rows.values()))
+    opened, problems = open_steps(trajectory, steps, allow)
     refuse(problems)
     last = opened[max(opened)]
     if like is not None and not Path(like).is_dir():
@@ -1474,24 +1476,24 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     for name, stored in wanted.items():
         if dtype and stored.dtype in FLOATS:
             wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
-    report, places, files = [], [], []
+    report, places, files = {}, {}, {}  # by path
 
-    def write(m, name, start, data):
-        done, place = 0, places[m][name] + start
+    def write(path, name, start, data):
+        done, place = 0, places[path][name] + start
         while done < len(data):
-            done += os.pwrite(files[m].fileno(), data[done:], place + done)
+            done += os.pwrite(files[path].fileno(), data[done:], place + done)
     with contextlib.ExitStack() as stack:  # on leaving, the hidden names become the outputs'
-        stack.enter_context(sole_writer(min(outputs)))
-        for (path, (scheme, at)), this in zip(outputs.items(), rows, strict=True):
+        stack.enter_context(sole_writer(min(rows)))
+        for path, this in rows.items():
             used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
                      "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
                     for step in this.add]
             # enough to make it again, and the same in every process: no clock, no address
-            note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)),
-                    "at": at, "weights": {str(step): w for step, w in this.weights.items()},
+            note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(this.scheme)),
+                    "at": this.at, "weights": {str(step): w for step, w in this.weights.items()},
                     "inputs": used}
-            header, offsets, size = plan_file(wanted, ties, {"lawa": json.dumps(note)})
-            report.append({"path": str(path), "bytes": size, **note})
+            header, places[path], size = plan_file(wanted, ties, {"lawa": json.dumps(note)})
+            report[path] = {"path": str(path), "bytes": size, **note}
             remove_left_parts(path)  # large ones, which else nobody would see
             part = stack.enter_context(replacing(path))
             if path.suffix not in SUFFIXES:
@@ -1500,17 +1502,16 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
                 # what a library looks for; a pytorch_model is a .bin
                 stem = re.match("adapter_model|diffusion_pytorch_model|", name)[0] or "model"
                 part /= f"{stem}.safetensors"
-            places.append(offsets)
-            files.append(stack.enter_context(open(part, "wb", buffering=0)))
-            files[-1].truncate(size)
-            os.pwrite(files[-1].fileno(), header, 0)
-        total, free = sum(o["bytes"] for o in report), shutil.disk_usage(part.parent).free
-        if total > free:
+            files[path] = stack.enter_context(open(part, "wb", buffering=0))
+            files[path].truncate(size)
+            files[path].write(header)
+        total = sum(output["bytes"] for output in report.values())
+        if total > (free := shutil.disk_usage(part.parent).free):
             raise JobFailed(f"disk full: {total:,} bytes are needed, {free:,} are free for {path}")
         mix(opened, rows, wanted, write, allow=allow, threads=threads, tile=tile, progress=progress)
-        for path, file, note in zip(outputs, files, report, strict=True):
-            finish(path, Path(file.name), like, last, note)
-    return {"outputs": report, "left_out": last.left_out,
+        for path, file in files.items():
+            finish(path, Path(file.name), like, last, report[path])
+    return {"outputs": list(report.values()), "left_out": last.left_out,
             "passed_over": list(trajectory.passed_over),
             "bytes_read": sum(c.nbytes for c in opened.values()),
             "bytes_written": total, "seconds": round(time.perf_counter() - begun, 3)}
