@@ -38,7 +38,7 @@ from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1308,11 +1308,10 @@ def mix(opened: Mapping[int, Checkpoint], rows: Mapping[object, Row], wanted: Ma
             write(output, name, start * wanted[name].itemsize, data)
         return sum(map(len, raws.values()))
 
-    done = 0
     total = sum(checkpoint.data[name].nbytes for checkpoint in opened.values() for name in wanted)
     with ThreadPoolExecutor(threads) as pool:
-        for nbytes in (pool.map if len(tiles) > 1 < threads else map)(make, tiles):
-            done += nbytes
+        over = pool.map if len(tiles) > 1 < threads else map
+        for done in accumulate(over(make, tiles)):
             if progress:
                 progress(done, total)
     refuse(sorted(problems))
