@@ -197,8 +197,8 @@ class ema(Scheme):
         super().__post_init__()
         with explained("ema takes a beta in [0, 1) or a half_life above 0, as 500 (steps) or 5% "
                        f"(of the steps so far), got {self.beta!r} and {self.half_life!r}"):
-            if None not in (self.beta, self.half_life) or not 0 <= self.kept(1, 100) < 1:
-                raise ValueError("out of range")
+            if (self.beta is None) == (self.half_life is None) or not 0 <= self.kept(1, 100) < 1:
+                raise ValueError("one of the two, in its range")
 
     def kept(self, gap: int, at: int) -> float:
         """The share that is left of a sum after `gap` steps, in the average at step `at`."""
@@ -1523,12 +1523,13 @@ def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping
     if path.suffix not in SUFFIXES:
         for source in companions(like):
             shutil.copyfile(source, part.parent / source.name)
-        fields = config_of(part.parent)
-        if fields:  # says the type in which the weights are
+        config = part.parent / "config.json"
+        if config.exists():  # says the type in which the weights are
+            fields = config_of(part.parent)
             dtype = next((code for code in whole.dtypes.values() if code in FLOATS), "F32")
             names = fields.keys() & {"dtype", "torch_dtype"} or {"dtype"}
             fields |= dict.fromkeys(names, DTYPES[dtype][1])
-            (part.parent / "config.json").write_text(json.dumps(fields, indent=2))
+            config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
         import torch
         state = {name: whole[name] for name in whole if name not in whole.ties}
