@@ -38,7 +38,7 @@ from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, product
+from itertools import accumulate, pairwise, product
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,14 +77,6 @@ def explained(text: str, kind: type = LawaError):
         raise kind(f"{text} ({reason})") from None
 
 
-class Lines:
-    """tqdm's output as whole lines, for logs and notebooks, where no carriage return goes back."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            print(text.strip(), flush=True)
-
-
 def progress(total: float | None, desc: str = "", unit: str = "it", **options):
     """A tqdm bar on a terminal; elsewhere a line every five seconds, none for shorter work.
 
@@ -95,9 +87,14 @@ def progress(total: float | None, desc: str = "", unit: str = "it", **options):
     except ImportError:
         silent = SimpleNamespace(n=0, update=lambda n: None, set_postfix_str=lambda text: None)
         return contextlib.nullcontext(silent)
+
+    def write(text: str) -> None:  # for logs and notebooks, where no carriage return goes back
+        if text.strip():
+            print(text.strip(), flush=True)
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-        options = {"file": Lines(), "mininterval": 5, "delay": 5, "bar_format": line} | options
+        options |= {"file": SimpleNamespace(write=write), "mininterval": 5, "delay": 5,
+                    "bar_format": line}
     bar = tqdm(total=total, desc=desc, unit=unit, **options)
     bar.set_postfix_str = functools.partial(bar.set_postfix_str, refresh=False)
     return bar
@@ -121,20 +118,20 @@ def positive(**values) -> None:
 
 
 def latest(steps, at: int, start: int, every: int | None, anchor: int, k: int = 0) -> list[int]:
-    """The k latest (0: all) of the steps from `start` to `at`.
+    """The k latest (0: all) of the steps from `start` to `at`; [at] where there are none.
 
     every: only those on the grid anchor + n * every, all of which must be there.
     """
-    have = [step for step in steps if start <= step <= at]
-    if every is None or not have:
-        return have[-k:]
-    wanted = list(range(have[0] + (anchor - have[0]) % every, at + 1, every))[-k:]
-    missing = sorted(set(wanted) - set(have))
+    window = [step for step in steps if start <= step <= at]
+    if every is not None and window:
+        window = list(range(window[0] + (anchor - window[0]) % every, at + 1, every))
+    window = window[-k:] or [at]
+    missing = sorted(set(window) - set(steps))
     if missing:
         raise LawaError(f"no checkpoint at step {missing[0]}, which an average at step {at} with "
-                        f"spacing {every} needs; there are {some(have)}; use a spacing that is a "
-                        "multiple of the checkpoint interval")
-    return wanted
+                        f"spacing {every} needs; there are {some(steps)}; use a spacing that is "
+                        "a multiple of the checkpoint interval")
+    return window
 
 
 def equal(window) -> dict[int, float]:
@@ -171,7 +168,7 @@ class lawa(Scheme):
     start: int = 0
 
     def __call__(self, steps, at):
-        return equal(latest(steps, at, self.start, self.spacing, at, self.k) or [at])
+        return equal(latest(steps, at, self.start, self.spacing, at, self.k))
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class swa(Scheme):
     every: int | None = None
 
     def __call__(self, steps, at):
-        return equal(latest(steps, at, self.start, self.every, self.start) or [at])
+        return equal(latest(steps, at, self.start, self.every, self.start))
 
 
 @dataclass(frozen=True)
@@ -198,28 +195,27 @@ class ema(Scheme):
 
     def __post_init__(self):
         super().__post_init__()
-        good = 0 < self.half(100) < math.inf if self.beta is None else 0 <= self.beta < 1
-        if not good or None not in (self.beta, self.half_life):
-            raise LawaError("ema takes a beta in [0, 1) or a half_life above 0, as 500 (steps) or "
-                            f"5% (of the steps so far), got {self.beta!r} and {self.half_life!r}")
+        with explained("ema takes a beta in [0, 1) or a half_life above 0, as 500 (steps) or 5% "
+                       f"(of the steps so far), got {self.beta!r} and {self.half_life!r}"):
+            if (self.beta is None) == (self.half_life is None) or not 0 <= self.kept(1, 100) < 1:
+                raise ValueError("one of the two, in its range")
 
-    def half(self, at: int) -> float:
-        """The half-life in steps of the average at step `at`."""
+    def kept(self, gap: int, at: int) -> float:
+        """The share that is left of a sum after `gap` steps, in the average at step `at`."""
+        if self.half_life is None:
+            return self.beta
         words = str(self.half_life)
-        with contextlib.suppress(ValueError):
-            return float(words.removesuffix("%")) * (at / 100 if words.endswith("%") else 1)
-        return math.nan
+        half = float(words.removesuffix("%")) * (at / 100 if words.endswith("%") else 1)
+        return 0.5 ** (gap / half)
 
     def __call__(self, steps, at):
         window = latest(steps, at, self.start, self.every, self.start)
         weights, rest = {}, 1.0  # rest: what the steps before have of the sum
         for before, step in reversed(list(pairwise(window))):
-            keep = self.beta
-            if keep is None:
-                keep = 0.5 ** ((step - before) / self.half(at))
-            weights[step] = rest * (1 - keep)
-            rest *= keep
-        return weights | {window[0]: rest} if window else {at: 1.0}
+            kept = self.kept(step - before, at)
+            weights[step] = rest * (1 - kept)
+            rest *= kept
+        return weights | {window[0]: rest}
 
 
 SHAPES = {  # share of the learning rate that is left, over the share of the decay that is done
@@ -286,8 +282,7 @@ class blend(Scheme):
 
     def __call__(self, steps, at):
         weights = {step: self.share * weight for step, weight in self.average(steps, at).items()}
-        weights[at] = weights.get(at, 0) + 1 - self.share
-        return weights
+        return weights | {at: weights.get(at, 0) + 1 - self.share}
 
 
 SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay, explicit)}
@@ -295,9 +290,8 @@ SCHEMES = {scheme.__name__: scheme for scheme in (newest, lawa, swa, ema, decay,
 
 def parse_scheme(text: str):
     """The scheme that a text such as "lawa(k=5, spacing=100)" writes: literals only, not run."""
-    with explained(f"scheme {text!r} not understood; expected one like lawa(k=5, spacing=100), "
-                   "swa(start=0, every=10), ema(beta=0.99), ema(half_life=5%), decay(window=1000, "
-                   "shape='1-sqrt'), explicit([0.2, 0.8]), newest"):
+    with explained(f"scheme {text!r} not understood; expected {', '.join(SCHEMES)}, with arguments "
+                   "as in lawa(k=5, spacing=100), ema(half_life=5%), explicit([0.2, 0.8])"):
         shares = re.sub(r"(?<!['\"\d.])(\d+(?:\.\d+)?%)", r"'\1'", text.strip())  # no Python
         call = ast.parse(shares if "(" in shares else f"{shares}()", mode="eval").body
         args = [ast.literal_eval(arg) for arg in call.args]
@@ -325,11 +319,13 @@ class Row:
         sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
 
     keep is 1, or an EMA's beta; the adds are the weights, or 1 where all are equal, so that a mean
-    is a sum with one division, and the next row can go on from an EMA's or SWA's (see `chain`).
+    is a sum with one division. The sum of a running scheme (SWA, EMA) goes on from that of the row
+    `before`, to which `todo` is added; a window that slides is summed anew, since what leaves it
+    would leave its rounding behind. reads: the steps whose checkpoints this takes.
     weights: {step: weight}, ascending, without zeros, divided by their sum.
     """
 
-    def __init__(self, scheme, steps, at: int):
+    def __init__(self, scheme, steps, at: int, before: Row | None = None):
         if at not in steps:
             raise LawaError(f"no checkpoint at step {at}; there are {some(steps)}")
         given = {step: float(weight) for step, weight in sorted(scheme(steps, at).items())}
@@ -337,6 +333,7 @@ class Row:
         if not set(given) <= set(steps) or not 1e-12 < abs(total) < math.inf:
             raise LawaError(f"{scheme} gives weights that sum to {total} over steps "
                             f"{some(list(given))}; expected 1, on available steps")
+        self.scheme, self.at = scheme, at
         self.weights = {step: weight / total for step, weight in given.items() if weight}
         self.keep, self.add = 1.0, self.weights
         if isinstance(scheme, ema) and scheme.beta:
@@ -347,26 +344,11 @@ class Row:
         self.total = np.longdouble(0)
         for add in self.add.values():
             self.total = self.keep * self.total + add
-        self.newest = max(self.add)
-        self.todo = self.add  # what is to be added to the sum of the row before, or to none
-        self.goes_on = self.kept = False  # from the sum of the row before; for the row after
-
-
-def chain(rows: list[Row]) -> list[Row]:
-    """The rows of one scheme, each going on from the sum of the row before it if all can.
-
-    A window that slides must be summed anew, since what leaves it would leave its rounding behind.
-    """
-    on, anew = [], []
-    for before, this in pairwise(rows):
-        first = dict(list(this.add.items())[:len(before.add)])
-        goes = this.keep == before.keep and first == before.add
-        (on if goes else anew).append((before, this))
-    if all(len(before.add) == 1 for before, _ in anew):
-        for before, this in on:
-            this.goes_on = before.kept = True
-            this.todo = dict(list(this.add.items())[len(before.add):])
-    return rows
+        self.newest, self.running = max(self.add), isinstance(scheme, swa) or self.keep != 1
+        done = before.add.items() if self.running and before and before.scheme == scheme else set()
+        self.goes_on = bool(done) and done <= self.add.items()
+        self.todo = dict(sorted(self.add.items() - done)) if self.goes_on else self.add
+        self.reads = {*self.todo, self.newest}
 
 
 def row(scheme, steps, at: int) -> dict[int, float]:
@@ -1204,79 +1186,67 @@ def check(source, key: str | None = None) -> list[str]:
 
 TILE = 1 << 21  # bytes of doubles of one checkpoint at a time; in smaller ones threads fight for
 IN_MEMORY = 1 << 25  # Python's lock. With many checkpoints they shrink, to so many bytes in all.
+WIDE = {"F64": np.longdouble}  # what a type is summed in; all others in double
 
 
-def mix(opened: Mapping[int, Checkpoint], rows: list[Row], wanted: Mapping[str, Stored],
+def mix(opened: Mapping[int, Checkpoint], rows: Mapping[object, Row], wanted: Mapping[str, Stored],
         write: Callable, *, sums: dict | None = None, allow=(), threads: int | None = None,
         tile: int = TILE, progress: Callable | None = None) -> None:
-    """Make every row of the opened checkpoints, and call write(row number, tensor, offset, bytes).
+    """Make the averages {output: row} by calls of write(output, tensor, offset, bytes).
 
-    wanted: names, types and shapes of the averages. Floats are summed in double (long double for
-    float64) and rounded once; a lone checkpoint's bytes are taken as they are; what is no float
-    comes from the newest of the row. sums: of a single row {tensor: (numel,) double}, from which
-    it goes on, and where it leaves its own. write is called on several threads, progress with
-    (bytes read, bytes in all). Errors: LawaError that names who made an average NaN or infinite.
+    wanted: their names, types and shapes. Floats are summed in double (long double for float64) and
+    rounded once; a lone checkpoint's bytes are taken as they are; what is no float comes from the
+    newest of the row. sums: of a single row {tensor: (numel,) double}, from which it goes on, and
+    where it leaves its own. write is called on several threads, progress with (bytes read, bytes in
+    all). Errors: LawaError that names who made an average NaN or infinite.
     """
     threads = threads or os.cpu_count() or 1
     np.empty(16 << 20, np.uint8)  # freed, it teaches glibc to keep a tile's memory for the next one
     width = max(min(tile // 8, IN_MEMORY // (12 * threads * (len(opened) + 2))), 1)
     tiles = [(name, start, min(start + width, stored.numel)) for name, stored in wanted.items()
              for start in range(0, stored.numel, width)]
-    uses = Counter(step for this in rows for step in this.todo)
-    for name, stored in wanted.items():
-        if sums is not None and stored.dtype in FLOATS and not rows[0].goes_on:
-            sums[name] = np.empty(stored.numel, np.longdouble if stored.dtype == "F64" else float)
+    problems = set()
 
-    def make(place) -> tuple[int, list[str]]:
-        """One tile of every row; returns (bytes read, problems)."""
+    def make(place) -> int:
+        """One tile of every row; returns the bytes read."""
         name, start, stop = place
         dtype = wanted[name].dtype
-        wide = np.longdouble if dtype == "F64" else np.float64
-        raws, values, problems = {}, {}, []
-        for step, checkpoint in opened.items():
-            stored = checkpoint.data[name]
-            raws[step] = stored.read(start * stored.itemsize, stop * stored.itemsize)
-            if dtype in FLOATS:
-                values[step] = widen(raws[step], stored.dtype)
-                if uses[step] > 2:  # then once, instead of at every addition
-                    values[step] = values[step].astype(wide)
-        total = sums[name][start:stop] if sums and dtype in FLOATS else np.empty(stop - start, wide)
-        for m, this in enumerate(rows):
+        floats, wide = dtype in FLOATS, WIDE.get(dtype, np.float64)
+        stored = {step: checkpoint.data[name] for step, checkpoint in opened.items()}
+        raws, values = {}, {}
+        for step, one in stored.items():
+            raws[step] = one.read(start * one.itemsize, stop * one.itemsize)
+            if floats:
+                values[step] = widen(raws[step], one.dtype)
+        total = sums[name][start:stop] if sums else np.empty(stop - start, wide)
+        for output, this in rows.items():
             data = raws[this.newest]
-            lone = len(this.add) == 1 and opened[this.newest].data[name].dtype == dtype
-            if dtype in FLOATS and (this.kept or not lone):
-                for summed, (step, add) in enumerate(this.todo.items(), int(this.goes_on)):
-                    if not summed:
-                        np.multiply(values[step], add, out=total, dtype=wide)
-                        continue
+            lone = len(this.add) == 1 and stored[this.newest].dtype == dtype
+            if floats and (this.running or not lone):
+                parts = (values[step] if add == 1 else values[step].astype(wide) * add
+                         for step, add in this.todo.items())
+                if not this.goes_on:
+                    np.copyto(total, next(parts))
+                for part in parts:
                     if this.keep != 1:
                         total *= this.keep
-                    total += values[step] if add == 1 else values[step].astype(wide) * add
+                    total += part
                 if not lone:
                     data = narrow(total / wide(this.total), dtype)
             if "nonfinite" not in allow and not finite(data, dtype):
-                bad = [step for step in this.add if step in opened
-                       and not finite(raws[step], opened[step].data[name].dtype)]
-                problems += [f"{opened[step].data[name].path}: {name} holds NaN or Inf; leave it "
-                             "out (or --allow nonfinite)" for step in bad]
-                if not bad:
-                    problems.append(f"{name} overflows {dtype} in the average; write it with a "
-                                    "wider --dtype")
-            write(m, name, start * wanted[name].itemsize, data)
-        return sum(map(len, raws.values())), problems
+                bad = [f"{one.path}: {name} holds NaN or Inf; leave it out (or --allow nonfinite)"
+                       for step, one in stored.items() if not finite(raws[step], one.dtype)]
+                problems.update(bad or [f"{name} overflows {dtype}; take a wider --dtype"])
+            write(output, name, start * wanted[name].itemsize, data)
+        return sum(map(len, raws.values()))
 
-    done, found = 0, set()
     total = sum(checkpoint.data[name].nbytes for checkpoint in opened.values() for name in wanted)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for nbytes, problems in (pool.map if len(tiles) > 1 < threads else map)(make, tiles):
-            done += nbytes
-            found.update(problems)
+    with ThreadPoolExecutor(threads) as pool:
+        over = pool.map if len(tiles) > 1 < threads else map
+        for done in accumulate(over(make, tiles)):
             if progress:
                 progress(done, total)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    refuse(sorted(found))
+    refuse(sorted(problems))
 
 
 def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -1307,9 +1277,7 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def finite(data: np.ndarray, dtype: str) -> bool:
-    if dtype == "BF16":
-        return bool((data.view("<u2") & 0x7FFF).max(initial=0) < 0x7F80)
-    return dtype not in FLOATS or bool(np.isfinite(data.view(DTYPES[dtype][0])).all())
+    return dtype not in FLOATS or bool(np.isfinite(widen(data, dtype)).all())
 
 
 # ---- 6. Averages ---------------------------------------------------------------------------------
@@ -1333,11 +1301,14 @@ def state_dict(opened: Mapping[int, Checkpoint], this: Row, sums=None, allow=())
     wanted, ties = layout(opened)
     if sums is not None:  # what is tied now may not have been before
         wanted, ties = opened[max(opened)].data, {}
+        if not this.goes_on:
+            sums |= {name: np.empty(stored.numel, WIDE.get(stored.dtype, np.float64))
+                     for name, stored in wanted.items()}
     data = {name: np.empty(stored.nbytes, np.uint8) for name, stored in wanted.items()}
 
     def write(_, name, start, part):
         data[name][start:start + len(part)] = part
-    mix(opened, [this], wanted, write, sums=sums, allow=allow)
+    mix(opened, {None: this}, wanted, write, sums=sums, allow=allow)
     state = {name: wanted[name].tensor(raw) for name, raw in data.items()}
     return state | {name: state[kept] for name, kept in ties.items()}
 
@@ -1363,14 +1334,13 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
     Errors: LawaError for checkpoints that do not fit together.
     """
     trajectory = open_trajectory(source, key)
-    targets = trajectory.steps if at is None else sorted(at)
-    rows = {}
-    for name, scheme in schemes.items():
-        rows[name] = chain([Row(scheme, trajectory.steps, target) for target in targets])
-    last: dict[int, int] = {}  # step: the last target that reads it
-    for i, target in enumerate(targets):
-        for own in rows.values():
-            last |= dict.fromkeys((*own[i].todo, own[i].newest), target)
+    targets = trajectory.steps if at is None else sorted(set(at))
+    plan, last, own = {}, {}, {}  # rows by target and name; of each step the last target to read it
+    for target in targets:
+        own = plan[target] = {name: Row(scheme, trajectory.steps, target, own.get(name))
+                              for name, scheme in schemes.items()}
+        for this in own.values():
+            last |= dict.fromkeys(this.reads, target)
     trajectory.expect(sorted(last))
     held, seen, kept = {}, {}, {}  # checkpoints by step, steps by fingerprint, sums by scheme
     for step in sorted({*last, *targets}):
@@ -1381,23 +1351,18 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                 twin = seen.setdefault(held[step].fingerprint, step)
                 if twin != step:
                     raise LawaError(f"steps {twin} and {step} of {trajectory.name} hold identical "
-                                    "weights, so one is a wrong file; leave it out, or allow "
-                                    "duplicates")
+                                    "weights; leave the wrong one out, or allow duplicates")
             if not on_disk:
                 for stored in set(held[step].data.values()):  # its files may go
                     data = stored.read(0, stored.nbytes)
                     stored.read = lambda start, stop, data=data: data[start:stop]
                 trajectory.release(step)
-        if step in targets:
-            for name, own in rows.items():
-                this = own[targets.index(step)]
-                sums = kept.setdefault(name, {}) if this.kept or this.goes_on else None
-                opened = {s: held[s] for s in sorted({*this.todo, this.newest})}
-                yield step, name, state_dict(opened, this, sums, allow)
+        for name, this in plan.get(step, {}).items():
+            sums = kept.setdefault(name, {}) if this.running else None
+            yield step, name, state_dict({s: held[s] for s in this.reads}, this, sums, allow)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
-            if on_disk:
-                trajectory.release(spent)
+            trajectory.release(spent)
 
 
 def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(), like=None,
@@ -1416,25 +1381,11 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     begun, trajectory = time.perf_counter(), open_trajectory(source, key)
     positive(threads=threads, tile=tile)
     if not outputs or dtype not in (None, *FLOATS):
-        raise LawaError(f"expected one output or more and a dtype of {', '.join(FLOATS)}, got "
-                        f"{len(outputs)} and {dtype!r}")
-    rows = []
-    for scheme, group in groupby(outputs.values(), key=lambda output: output[0]):
-        rows += chain([Row(scheme, trajectory.steps, at) for _, at in group])
-    opened, problems = open_steps(trajectory, {step for this in rows for step in this.add}, allow)
-    refuse(problems)
-    wanted, ties = layout(opened)
-    for name, stored in wanted.items():
-        if dtype and stored.dtype in FLOATS:
-            wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
+        raise LawaError(f"expected outputs and a dtype of {FLOATS}, got {len(outputs)}, {dtype!r}")
     inputs = {Path(path).resolve() for path in trajectory.sources.values()}
-    last = opened[max(opened)]
-    if like is not None and not Path(like).is_dir():
-        raise LawaError(f"--like must be a folder with a config.json, got {like}")
-    like = Path(like or last.path)
-    config_of(like)  # refuses a broken one
-    paths, report, plans = list(map(Path, outputs)), [], []
-    for path, (scheme, at), this in zip(paths, outputs.values(), rows, strict=True):
+    rows, this = {}, None
+    for path, (scheme, at) in outputs.items():
+        path = Path(path)
         if inputs & {path.resolve(), *path.resolve().parents}:
             raise LawaError(f"{path} is an input; choose another output")
         # a slip makes no folder, whose name may have a number behind its dot
@@ -1443,42 +1394,55 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
                             "the name of a new folder without such an ending")
         if path.is_dir() and (path.suffix in SUFFIXES or any(path.iterdir())):
             raise LawaError(f"{path} is a folder that is not empty; choose another, or remove it")
-        used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
-                 "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
-                for step in this.add]
-        # enough to make it again, and the same in every process: no clock, no address
-        note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(scheme)), "at": at,
-                "weights": {str(step): w for step, w in this.weights.items()}, "inputs": used}
-        plans.append(plan_file(wanted, ties, {"lawa": json.dumps(note)}))
-        report.append({"path": str(path), "bytes": plans[-1][2], **note})
-    total = sum(size for _, _, size in plans)
-    parent = next(parent for parent in paths[0].resolve().parents if parent.exists())
-    if total > (free := shutil.disk_usage(parent).free):
-        raise JobFailed(f"disk full: {total:,} bytes are needed in {parent}, {free:,} are free")
-    files = []
+        this = rows[path] = Row(scheme, trajectory.steps, at, this)
+    steps = set().union(*(this.add for this in rows.values()))
+    opened, problems = open_steps(trajectory, steps, allow)
+    refuse(problems)
+    last = opened[max(opened)]
+    if like is not None and not Path(like).is_dir():
+        raise LawaError(f"--like must be a folder with a config.json, got {like}")
+    like = Path(like or last.path)
+    config_of(like)  # refuses a broken one
+    wanted, ties = layout(opened)
+    for name, stored in wanted.items():
+        if dtype and stored.dtype in FLOATS:
+            wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
+    report, places, files = {}, {}, {}  # by path
 
-    def write(m, name, start, data):
-        done, place = 0, plans[m][1][name] + start
+    def write(path, name, start, data):
+        done, place = 0, places[path][name] + start
         while done < len(data):
-            done += os.pwrite(files[m].fileno(), data[done:], place + done)
+            done += os.pwrite(files[path].fileno(), data[done:], place + done)
     with contextlib.ExitStack() as stack:  # on leaving, the hidden names become the outputs'
-        stack.enter_context(sole_writer(min(paths)))
-        for path, (header, _, size) in zip(paths, plans, strict=True):
+        stack.enter_context(sole_writer(min(rows)))
+        for path, this in rows.items():
+            used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
+                     "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
+                    for step in this.add]
+            # enough to make it again, and the same in every process: no clock, no address
+            note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(this.scheme)),
+                    "at": this.at, "weights": {str(step): w for step, w in this.weights.items()},
+                    "inputs": used}
+            header, places[path], size = plan_file(wanted, ties, {"lawa": json.dumps(note)})
+            report[path] = {"path": str(path), "bytes": size, **note}
             remove_left_parts(path)  # large ones, which else nobody would see
             part = stack.enter_context(replacing(path))
             if path.suffix not in SUFFIXES:
                 part.mkdir()
-                stem = Path(next(iter(last.data.values())).path).name.split(".")[0].split("-")[0]
+                name = Path(next(iter(last.data.values())).path).name
                 # what a library looks for; a pytorch_model is a .bin
-                kept = stem in ("adapter_model", "diffusion_pytorch_model")
-                part /= f"{stem if kept else 'model'}.safetensors"
-            files.append(stack.enter_context(open(part, "w+b", buffering=0)))
-            files[-1].truncate(size)
-            os.pwrite(files[-1].fileno(), header, 0)
+                stem = re.match("adapter_model|diffusion_pytorch_model|", name)[0] or "model"
+                part /= f"{stem}.safetensors"
+            files[path] = stack.enter_context(open(part, "wb", buffering=0))
+            files[path].truncate(size)
+            files[path].write(header)
+        total = sum(output["bytes"] for output in report.values())
+        if total > (free := shutil.disk_usage(part.parent).free):
+            raise JobFailed(f"disk full: {total:,} bytes are needed, {free:,} are free for {path}")
         mix(opened, rows, wanted, write, allow=allow, threads=threads, tile=tile, progress=progress)
-        for path, file, output in zip(paths, files, report, strict=True):
-            finish(path, Path(file.name), like, last, output)
-    return {"outputs": report, "left_out": last.left_out,
+        for path, file in files.items():
+            finish(path, Path(file.name), like, last, report[path])
+    return {"outputs": list(report.values()), "left_out": last.left_out,
             "passed_over": list(trajectory.passed_over),
             "bytes_read": sum(c.nbytes for c in opened.values()),
             "bytes_written": total, "seconds": round(time.perf_counter() - begun, 3)}
@@ -1495,7 +1459,7 @@ def finish(path: Path, part: Path, like: Path, newest: Checkpoint, note: Mapping
         if config.exists():  # says the type in which the weights are
             fields = config_of(part.parent)
             dtype = next((code for code in whole.dtypes.values() if code in FLOATS), "F32")
-            names = [name for name in ("dtype", "torch_dtype") if name in fields] or ["dtype"]
+            names = fields.keys() & {"dtype", "torch_dtype"} or {"dtype"}
             fields |= dict.fromkeys(names, DTYPES[dtype][1])
             config.write_text(json.dumps(fields, indent=2))
     elif path.suffix != ".safetensors":
