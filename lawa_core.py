@@ -1362,7 +1362,8 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
             yield step, name, state_dict({s: held[s] for s in this.reads}, this, sums, allow)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
-            trajectory.release(spent)
+            if on_disk:
+                trajectory.release(spent)
 
 
 def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(), like=None,
