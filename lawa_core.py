@@ -91,7 +91,7 @@ def progress(total: float | None, desc: str = "", unit: str = "it", **options):
     def write(text: str) -> None:  # for logs and notebooks, where no carriage return goes back
         if text.strip():
             print(text.strip(), flush=True)
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
         options |= {"file": SimpleNamespace(write=write), "mininterval": 5, "delay": 5,
                     "bar_format": line}
@@ -319,8 +319,8 @@ class Row:
         sum <- keep * sum + add[step] * checkpoint[step],    at the end    sum / total.
 
     keep is 1, or an EMA's beta; the adds are the weights, or 1 where all are equal, so that a mean
-    is a sum with one division. The sum of a running scheme (SWA, EMA) goes on from that of the row
-    `before`, to which `todo` is added; a window that slides is summed anew, since what leaves it
+    is a sum with one division. SWA's and EMA's goes on from the sum of the row `before`, which is
+    kept, and to which `todo` is added; a window that slides is summed anew, since what leaves it
     would leave its rounding behind. reads: the steps whose checkpoints this takes.
     weights: {step: weight}, ascending, without zeros, divided by their sum.
     """
@@ -344,10 +344,13 @@ class Row:
         self.total = np.longdouble(0)
         for add in self.add.values():
             self.total = self.keep * self.total + add
-        self.newest, self.running = max(self.add), isinstance(scheme, swa) or self.keep != 1
-        done = before.add.items() if self.running and before and before.scheme == scheme else set()
-        self.goes_on = bool(done) and done <= self.add.items()
-        self.todo = dict(sorted(self.add.items() - done)) if self.goes_on else self.add
+        self.newest, self.todo = max(self.add), self.add
+        self.goes_on = self.kept = False  # from the row before; for the row after
+        grows = isinstance(scheme, swa) or self.keep != 1
+        if grows and before and before.scheme == scheme:
+            self.goes_on = before.kept = before.add.items() <= self.add.items()
+        if self.goes_on:
+            self.todo = dict(sorted(self.add.items() - before.add.items()))
         self.reads = {*self.todo, self.newest}
 
 
@@ -407,7 +410,8 @@ class Stored:
     def __init__(self, dtype, shape, path, read: Callable[[int, int], np.ndarray]):
         self.dtype = CODES.get(str(dtype), str(dtype))
         if self.dtype not in DTYPES:
-            raise LawaError(f"{path} holds {dtype}; expected one of {', '.join(DTYPES)}")
+            raise LawaError(f"{path} holds {dtype}, which is not averaged; expected one of "
+                            f"{', '.join(DTYPES)}")
         self.shape, self.path, self.read = tuple(shape), str(path), read
         self.itemsize, self.numel = np.dtype(DTYPES[self.dtype][0]).itemsize, math.prod(shape)
         self.nbytes = self.numel * self.itemsize
@@ -515,8 +519,8 @@ def whole_model(path: Path) -> None:
             beside = level.absolute().parent.iterdir()
             alike = [other for other in beside if PART.sub("#", other.name) == rankless]
             if len(alike) > 1 or (level.is_file() and "-of-" in level.name):
-                raise LawaError(f"{level} is one rank's part of a model that was split; give the "
-                                "folder with their index, or join them first (zero_to_fp32.py)")
+                raise LawaError(f"{level} is one part of a model that was split; give the folder "
+                                "with the index, or join a rank's parts first (zero_to_fp32.py)")
         if read_name(level.name)[0]:  # the step's own folder or file
             return
 
@@ -540,7 +544,7 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
 
 def open_hf(path: Path, key: str | None) -> Checkpoint:
     """A Hugging Face folder: of its weights those that transformers would load."""
-    lost = [" or ".join([*WEIGHTS[:4], ".metadata"])]
+    problems = []
     for name in (file for file in WEIGHTS if (path / file).is_file()):
         index, places, files = path / name, {}, [name]
         with explained(f"{index}: corrupt index"):
@@ -550,15 +554,18 @@ def open_hf(path: Path, key: str | None) -> Checkpoint:
             lost = [f for f in files if Path(f).name != f or not (path / f).is_file()]
         if not lost:
             break  # else a whole single file counts, if there is one
+        problems.append(f"{path}: missing shard {', '.join(lost)}, named in {name}; fetch it again")
     else:
-        raise LawaError(f"{path} is not whole: it lacks {', '.join(lost)}; fetch it again")
+        refuse(problems or [f"{path} is no checkpoint: expected one of {', '.join(WEIGHTS[:4])}, "
+                            ".metadata in it"])
     stored, metadata = {}, {}
     for file in files:
         part = open_file(path / file, key)
-        stale = part.keys() ^ {name for name in places if places[name] == file}
+        lacking = {name for name in places if places[name] == file} - part.keys()
+        stale = lacking | (part.keys() - places.keys())
         if places and stale:
             raise LawaError(f"{index} is stale: {min(stale)} is not where it says; write it again")
-        stored |= part.data
+        stored |= {name: one for name, one in part.data.items() if places.get(name, file) == file}
         metadata |= part.metadata
     left_out = {name: "a buffer" for name, one in stored.items() if is_buffer(name, one)}
     kept = {name: one for name, one in stored.items() if name not in left_out}
@@ -628,7 +635,8 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
                               mmap=zipfile.is_zipfile(path))  # else older than torch 1.6
     except Exception as error:  # whose text goes on to advise what would run the file's code
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"no readable torch file ({type(error).__name__}); copy it again"
+        why = (f"no readable torch file ({type(error).__name__}); copy it again, or save a state "
+               "dict alone")
         if unsafe:
             why = f"refused, it holds {unsafe[1]}, which could run code; save the state dict alone"
         raise LawaError(f"{path}: {why}") from None
@@ -636,11 +644,10 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         raise LawaError(f"{path} holds a {type(blob).__name__}; expected a state dict")
     with explained(f"{path}: not understood"):
         found = list(leaves(blob))
-    twice = Counter(".".join(place) for place, _ in found)
+    tensors = {place: value for place, value in found if isinstance(value, torch.Tensor)}
+    twice = Counter(".".join(place) for place, value in found if isinstance(value, torch.Tensor))
     refuse([f"{path} holds {name!r} more than once, such as 0 and '0'; rename one"
             for name, count in twice.items() if count > 1])
-    tree = dict(found)
-    tensors = [place for place, value in found if isinstance(value, torch.Tensor)]
     prefix, names, outside = weights_of(tensors, key, path)
     # what is no tensor among the weights, such as a module's extra state
     extra = {".".join(place[len(prefix):]): value for place, value in found
@@ -656,7 +663,7 @@ def open_torch(path: Path, key: str | None) -> Checkpoint:
         for name in reversed(prefix):  # current_model_state has become an average
             state = {"state_dict" if name == "current_model_state" else name: state}
         return rest | state
-    weights = from_memory({name: tree[place] for place, name in names.items()}, path)
+    weights = from_memory({name: tensors[place] for place, name in names.items()}, path)
     weights.left_out = outside + [f"{name} (no tensor)" for name in extra]
     weights.put_back = put_back
     if sidecar(path).exists():
@@ -688,7 +695,7 @@ def weights_of(tensors, key: str | None, origin):
     known = [name for name in NESTED if name in groups]
     others = [name for name in groups if not NOT_WEIGHTS.search(name)]
     if key is not None:
-        prefix = () if key == "." else tuple(key.split("."))
+        prefix = () if key == "." else (key,) if key in groups else tuple(key.split("."))
     else:
         prefix = tuple(known[:1]) if len(known) == 1 or "current_model_state" in known else ()
     names = {place: ".".join(place[len(prefix):]) for place in tensors
@@ -700,7 +707,7 @@ def weights_of(tensors, key: str | None, origin):
         held = ", ".join([*left_out, *names.values()][:8]) or "no tensors"
         what = f"one of {', '.join(NESTED)}" if key is None else f"a state dict under {key!r}"
         raise LawaError(f"{origin} holds {held}; expected {what}; say which with --key "
-                        f"{(known or others or ['NAME'])[-1]}, or --key . for all")
+                        f"{(known or others or ['NAME'])[0]}, or --key . for all")
     return prefix, names, left_out
 
 
@@ -924,28 +931,29 @@ KEYS = {
     "epoch": ("epoch|ep", "epoch|ep"),
 }
 NUMBER = r"\d{1,18}(?:(?:\.\d+)?e\+?\d{1,2}|(?:\.\d+)?[km])?"  # also 10k, 1.5M, 1e4, 1e+06
-END = r"(?![a-z\d]|[.,]\d|-of-\d)"
+END = r"(?![a-z\d]|[.,]\d)"
 EXPONENTS = str.maketrans({"k": "e3", "m": "e6"})
 WORDS = f"(?:{'|'.join(first for first, _ in KEYS.values())})s?"
-TOKENS = {  # what a name is made of: at each place the first that fits
-    # an average, or a link to one of the others: its number is of something else
-    "average": "(?<![a-z])(?:best|last|latest|avg|ave(?:raged?)?|swa|ema|soup|merged)(?![a-z])",
-    "noise": rf"""
-        (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
-        | \d+-of-\d+                                              # parts
-        | (?<![a-z]) (?:
-            (?:max|min|total|warmup|decay|save|eval|log|per)_{WORDS}
-            | [a-z]*(?:loss|acc(?:uracy)?|ppl|bleu|[wc]er|score|reward|error|metric)(?:_{WORDS})?
-            | [a-z]*(?:rank|seed|size|tokens?)
-            | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
-            | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
-        ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])""",
+AVERAGE = re.compile(  # or a link to one of the others: its number is of something else
+    "(?<![a-z])(?:best|last|latest|avg|ave(?:raged?)?|swa|ema|soup|merged)(?![a-z])")
+NOISE = re.compile(rf"""
+    (?<![a-z]) (?!{WORDS}=) [a-z]+ = -?[\d.]+ (?:e[-+]?\d+)?  # any other word with =
+    | \d+-of-\d+                                              # parts
+    | (?<![a-z]) (?:
+        (?:max|min|total|warmup|decay|save|eval|log|per)_{WORDS}
+        | [a-z]*(?:loss|acc(?:uracy)?|ppl|bleu|[wc]er|score|reward|error|metric)(?:_{WORDS})?
+        | [a-z]*(?:rank|seed|size|tokens?)
+        | lr|wd|bs|beta|dropout|warmup|f1|top\d|auc|map|iou|fid|fp|bf|int|q|x|gpu
+        | tp|pp|dp|fsdp|part|shard|consolidated|v|version|stage|phase|fold|run|exp|trial
+    ) [-_.=]? [-+]? (?!20\d{{6}}(?!\d)) \d+ (?:\.\d+)* (?:e[-+]?\d+)? [a-z]? (?![a-z\d])
+    """, re.VERBOSE)
+TOKENS = {  # what the rest of a name is made of: at each place the first that fits
     **{kind: rf"""
-        (?<![a-z]) (?:{first})s? [-_=. ]? {NUMBER} {END} (?:(?:[-_]\d+)+(?![a-z\d.]|-of-\d))?
-        | (?<![a-z\d.,]) {NUMBER} [-_]? (?:{second})s? (?![a-z]|[-_=. ]?\d)"""
+        (?<![a-z]) (?:{first})s? [-_=. ]? {NUMBER} {END} (?:(?:[-_]\d+)+(?![a-z\d.]))?
+        | (?<![a-z\d.,]) {NUMBER} [-_]? (?:{second})s? (?![a-z]|[-_=. ]?{NUMBER}{END})"""
        for kind, (first, second) in KEYS.items()},
     "other": r"""
-        \d+\.\d+(?![kme\d]|-of-\d)                                # decimals
+        \d+\.\d+(?![kme\d])                                      # decimals
         | [\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}                # hashes
         | (?<![a-z\d]) (?=[\da-f]*\d[a-f]) [\da-f]{7,40} (?![a-z\d])""",
     "alone": rf"(?<![a-z\d%]){NUMBER}(?![a-z\d])",
@@ -960,13 +968,15 @@ def read_name(name: str) -> tuple[str, list[int]]:
     stem, found = name.lower(), {}
     while stem.endswith(SUFFIXES):
         stem = stem.rpartition(".")[0]
-    for token in TOKEN.finditer(stem):
+    if AVERAGE.search(stem):
+        return "", []
+    for token in TOKEN.finditer(NOISE.sub("~", stem)):
         kind, texts = token.lastgroup, re.findall(NUMBER, token[0])
         numbers = [int(t) if t.isdigit() else round(float(t.translate(EXPONENTS))) for t in texts]
         if token[0].startswith("checkpoint_") and len(numbers) == 2 and numbers == sorted(numbers):
             kind, numbers = "step", numbers[1:]  # fairseq's epoch and update
         found.setdefault(kind, set()).update(numbers)
-    for kind in ("average", *KEYS, "alone", "joined"):
+    for kind in (*KEYS, "alone", "joined"):
         if kind in found:
             return kind if kind in KEYS else "", sorted(found[kind])
     return "", []
@@ -1076,9 +1086,10 @@ def open_trajectory(source, key: str | None = None, *, steps=None,
                         r"list of paths in their order, or --step-regex 'name_(\d+)'")
     opened = {}
     for (_, (step,)), path in zip(readings, paths, strict=True):
+        path = weights_in(path) or path
         if step in opened and not (path.exists() and path.samefile(opened[step])):
             raise LawaError(f"two checkpoints for step {step}: {opened[step]} and {path}; keep one")
-        opened[step] = weights_in(path) or path
+        opened[step] = path
     run = Trajectory(opened, name, key)
     run.passed_over = over
     return run
@@ -1130,9 +1141,10 @@ def weights_in(path: Path, depth: int = 2) -> Path | None:
     found = [weights for weights in inside if weights]
     # of the parts of a split model the first is taken, and refused when it is opened
     if len({PART.sub("", str(f)) for f in found}) > 1:
-        raise LawaError(f"{path} holds several checkpoints: "
-                        f"{some([str(f.relative_to(path)) for f in found])}; give a glob of one of "
-                        "them in each step, such as 'run/*/unet', or a list with --steps")
+        names = [str(f.relative_to(path)) for f in found]
+        raise LawaError(f"{path} holds several checkpoints: {some(names)}; give the folder of one "
+                        f"run, a glob of one of a step's, such as '{path.parent / '*' / names[0]}',"
+                        " or a list with --steps")
     return found[0] if found else None
 
 
@@ -1142,7 +1154,7 @@ def mismatches(checkpoint: Checkpoint, newest: Checkpoint) -> list[str]:
     theirs = {name: stored.kind for name, stored in newest.data.items()}
     names = sorted(dict(ours.items() ^ theirs.items()))
     return [f"{checkpoint.path}: {name} is {ours.get(name, 'missing')}, expected "
-            f"{theirs.get(name, 'nothing')} as in {newest.path}" for name in names[:6]]
+            f"{theirs.get(name, 'no such tensor')} as in {newest.path}" for name in names[:6]]
 
 
 def open_steps(trajectory: Trajectory, steps, allow=()) -> tuple[dict[int, Checkpoint], list[str]]:
@@ -1222,7 +1234,7 @@ def mix(opened: Mapping[int, Checkpoint], rows: Mapping[object, Row], wanted: Ma
         for output, this in rows.items():
             data = raws[this.newest]
             lone = len(this.add) == 1 and stored[this.newest].dtype == dtype
-            if floats and (this.running or not lone):
+            if floats and (this.kept or not lone):
                 parts = (values[step] if add == 1 else values[step].astype(wide) * add
                          for step, add in this.todo.items())
                 if not this.goes_on:
@@ -1358,7 +1370,7 @@ def sweep(source, schemes: Mapping[str, Callable], at=None, key: str | None = No
                     stored.read = lambda start, stop, data=data: data[start:stop]
                 trajectory.release(step)
         for name, this in plan.get(step, {}).items():
-            sums = kept.setdefault(name, {}) if this.running else None
+            sums = kept.setdefault(name, {}) if this.kept or this.goes_on else None
             yield step, name, state_dict({s: held[s] for s in this.reads}, this, sums, allow)
         for spent in [s for s in held if last[s] <= step]:
             del held[spent]
@@ -1387,6 +1399,8 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     rows, this = {}, None
     for path, (scheme, at) in outputs.items():
         path = Path(path)
+        if path in rows:
+            raise LawaError(f"{path} is given twice; give each average an output of its own")
         if inputs & {path.resolve(), *path.resolve().parents}:
             raise LawaError(f"{path} is an input; choose another output")
         # a slip makes no folder, whose name may have a number behind its dot
@@ -1408,7 +1422,21 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
     for name, stored in wanted.items():
         if dtype and stored.dtype in FLOATS:
             wanted[name] = Stored(dtype, stored.shape, stored.path, stored.read)
-    report, places, files = {}, {}, {}  # by path
+    report, headers, places, files = {}, {}, {}, {}  # by path
+    for path, this in rows.items():
+        used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
+                 "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
+                for step in this.add]
+        # enough to make it again, and the same in every process: no clock, no address
+        note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(this.scheme)),
+                "at": this.at, "weights": {str(step): w for step, w in this.weights.items()},
+                "inputs": used}
+        headers[path], places[path], size = plan_file(wanted, ties, {"lawa": json.dumps(note)})
+        report[path] = {"path": str(path), "bytes": size, **note}
+    total = sum(output["bytes"] for output in report.values())
+    parent = next(parent for parent in path.resolve().parents if parent.exists())
+    if total > (free := shutil.disk_usage(parent).free):
+        raise JobFailed(f"disk full: {total:,} bytes are needed in {parent}, {free:,} are free")
 
     def write(path, name, start, data):
         done, place = 0, places[path][name] + start
@@ -1416,16 +1444,7 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
             done += os.pwrite(files[path].fileno(), data[done:], place + done)
     with contextlib.ExitStack() as stack:  # on leaving, the hidden names become the outputs'
         stack.enter_context(sole_writer(min(rows)))
-        for path, this in rows.items():
-            used = [{"step": step, "file": str(Path(*opened[step].path.parts[-2:])),
-                     "bytes": opened[step].nbytes, "sample_sha256": opened[step].fingerprint}
-                    for step in this.add]
-            # enough to make it again, and the same in every process: no clock, no address
-            note = {"version": __version__, "scheme": re.sub(r" at 0x\w+", "", str(this.scheme)),
-                    "at": this.at, "weights": {str(step): w for step, w in this.weights.items()},
-                    "inputs": used}
-            header, places[path], size = plan_file(wanted, ties, {"lawa": json.dumps(note)})
-            report[path] = {"path": str(path), "bytes": size, **note}
+        for path in rows:
             remove_left_parts(path)  # large ones, which else nobody would see
             part = stack.enter_context(replacing(path))
             if path.suffix not in SUFFIXES:
@@ -1435,11 +1454,8 @@ def average_files(source, outputs: Mapping, *, dtype: str | None = None, allow=(
                 stem = re.match("adapter_model|diffusion_pytorch_model|", name)[0] or "model"
                 part /= f"{stem}.safetensors"
             files[path] = stack.enter_context(open(part, "wb", buffering=0))
-            files[path].truncate(size)
-            files[path].write(header)
-        total = sum(output["bytes"] for output in report.values())
-        if total > (free := shutil.disk_usage(part.parent).free):
-            raise JobFailed(f"disk full: {total:,} bytes are needed, {free:,} are free for {path}")
+            files[path].truncate(report[path]["bytes"])
+            files[path].write(headers[path])
         mix(opened, rows, wanted, write, allow=allow, threads=threads, tile=tile, progress=progress)
         for path, file in files.items():
             finish(path, Path(file.name), like, last, report[path])
@@ -1560,6 +1576,9 @@ def search(source, evaluate: Callable[[dict], object], at: int | None = None, bu
             if scheme not in losses and len(losses) < budget:
                 found = evaluate(average(trajectory, scheme, at))
                 losses[scheme] = np.atleast_1d(np.asarray(found, float))
+                if losses[scheme].shape != losses[run].shape:
+                    raise LawaError(f"evaluate gave {losses[scheme].size} losses for {scheme} and "
+                                    f"{losses[run].size} for the run; expected as many")
         return min(losses, key=lambda w: np.nan_to_num(losses[w].mean(), nan=math.inf))
 
     def gain(scheme, than=run) -> dict[str, float | None]:
@@ -1730,9 +1749,9 @@ class LAWA(Online):
 class EMA(Online):
     """e <- e + (1 - beta)(w - e) every `every` steps since `start`, begun at the first w.
 
-    One beta or several in one pass, or those of a loaded state; in `dtype` (default float32, wider
-    where the model is). In float32 it strays from the closed form by up to 1 / (1 - beta) / 2 ulp,
-    as every such EMA does; float64 agrees to 1 ulp. What does not move keeps its bits.
+    One beta or several in one pass; kept in `dtype` (default float32, wider where the model is). In
+    float32 it strays from the closed form by up to 1 / (1 - beta) / 2 ulp, as every such EMA does;
+    float64 agrees to 1 ulp. What does not move keeps its bits.
     """
 
     def __init__(self, model, betas, every: int = 1, start: int = 0, dtype=None):
@@ -1743,19 +1762,26 @@ class EMA(Online):
 
     def take(self, step, floats):
         import torch
-        least, shadows = self.dtype or torch.float32, self.held["shadows"]
+        least = self.dtype or torch.float32
         values = [t.to(torch.promote_types(t.dtype, least)) for t in floats.values()]
-        for beta, shadow in shadows.items():
-            torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
-        if not shadows:
-            for beta in self.betas:
-                shadows[beta] = dict(zip(floats, map(torch.clone, values), strict=True))
+        for beta in self.betas:
+            shadow = self.held["shadows"].setdefault(beta, {})
+            if shadow:
+                torch._foreach_lerp_(list(shadow.values()), values, 1 - beta)
+            else:
+                shadow |= dict(zip(floats, map(torch.clone, values), strict=True))
 
     def averaged(self, live, beta: float | None = None):
         beta, shadows = self.betas[0] if beta is None else beta, self.held["shadows"]
         if beta not in shadows:
             raise LawaError(f"no average for beta {beta}; there are {some(list(shadows))}")
         return {n: t.to(live[n].dtype, copy=True) for n, t in shadows[beta].items()}
+
+    def load_state_dict(self, state):
+        betas = tuple(state["held"]["shadows"]) if state.get("kind") == "EMA" else ()
+        if not set(betas) <= set(self.betas):
+            raise LawaError(f"expected the state of an EMA with betas {self.betas}, got {betas}")
+        super().load_state_dict(state)
 
 
 class SWA(Online):
@@ -1957,7 +1983,7 @@ def run(args) -> dict:
     if args.command == "search":
         return search(trajectory, validation(args.run, args.pattern), args.at, args.budget)
     schemes = {"newest": newest()} if args.command == "export" else schemes_of(args)
-    with progress(None, args.command, "B", unit_scale=True) as bar:
+    with progress(None, args.command, "B", unit_scale=True, delay=1) as bar:
         def show(done, total):
             bar.total = total
             bar.update(done - bar.n)

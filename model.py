@@ -402,8 +402,8 @@ def count_parameters(config: GPTConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Folder data/NAME/: meta.json, and train.bin and val.bin, raw little-endian tokens, uint16 or,
-    of a vocabulary above 65,536, uint32."""
+    """Folder data/NAME/: meta.json, and train.bin and val.bin, which hold raw little-endian tokens:
+    uint16, or uint32 where the vocabulary is above 65,536."""
     folder: Path
     meta: dict
     train: np.ndarray | Shards  # (tokens,), mapped; empty where a text only evaluates
@@ -459,9 +459,9 @@ class Shards:
             index = np.arange(*index.indices(len(self)))
         which = np.searchsorted(self.ends, index, "right")  # the part that each token lies in
         tokens = np.empty(index.shape, self.parts[0].dtype)
-        for i, part in enumerate(self.parts):
+        for i in np.unique(which):
             here = which == i
-            tokens[here] = part[index[here] - self.ends[i]]  # counted from its end
+            tokens[here] = self.parts[i][index[here] - self.ends[i]]  # counted from its end
         return tokens
 
 
@@ -469,7 +469,7 @@ def map_tokens(folder: Path, split: str, kind) -> np.ndarray | Shards:
     """(tokens,) of a type, of SPLIT.bin or of shards *_SPLIT_*.bin as modded-nanogpt has them.
 
     Empty where there is no file. A shard begins with 256 int32: 20240520, 1, the number of its
-    uint16 tokens. Other headers are known by a small version and hardly a number more.
+    uint16 tokens. Other headers are known by a date or a count, a small version, and little more.
     """
     plain = folder / f"{split}.bin"
     parts = []
@@ -479,7 +479,8 @@ def map_tokens(folder: Path, split: str, kind) -> np.ndarray | Shards:
                 f"{kind.itemsize}, of {kind} tokens; fetch or prepare it again")
         magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
         shard = (magic, version, 2 * count) == (20240520, 1, size - 1024)
-        headed = 0 < version < 1000 and np.count_nonzero(header) < 16
+        told = 20_000_000 < magic < 21_000_000 or size - 1024 in (2 * count, 4 * count)
+        headed = told and 0 < version < 1000 and np.count_nonzero(header) < 16
         require(shard or not headed, f"{path}: its header says {magic}, {version}, {count}; "
                 f"expected 20240520, 1, {size // 2 - 512} or none; fetch it again or write uint16")
         parts.append(np.memmap(path, kind, "r", 1024 * shard) if size else np.empty(0, kind))
@@ -507,12 +508,12 @@ def open_corpus(name) -> Corpus:
     tokens, which is said on stderr.
     """
     folder = DATA / str(name) if (DATA / str(name)).is_dir() else Path(name)
-    described, meta, kind = folder / "meta.json", {}, np.dtype("<u2")
-    if described.exists():
+    about, meta, kind = folder / "meta.json", {}, np.dtype("<u2")
+    if about.exists():
         needed = ("name", "vocab_size", "eot_token", "tokenizer", "train_tokens", "val_tokens")
-        with lawa_core.explained(f"{described}: expected JSON with {', '.join(needed)}; prepare "
+        with lawa_core.explained(f"{about}: expected JSON with {', '.join(needed)}; prepare "
                                  "the corpus again"):
-            meta = json.loads(described.read_text())
+            meta = json.loads(about.read_text())
             meta |= {key: meta[key] for key in needed}  # KeyError names what it lacks
             kind = np.dtype("<u2" if meta["vocab_size"] <= 1 << 16 else "<u4")
     tokens = {split: map_tokens(folder, split, kind) for split in ("train", "val")}
@@ -523,7 +524,7 @@ def open_corpus(name) -> Corpus:
         # tokens of their own: of a prepare.py that was killed, or nanoGPT's characters
         own = [*folder.glob(".partial-*"), *folder.glob("tokenizer.*"), *folder.glob("meta.pkl")]
         require(all(map(len, tokens.values())) and not own, f"no corpus {str(name)!r}: expected "
-                f"{described}, which says whose the tokens are; run {command}")
+                f"{about}, which says whose the tokens are; run {command}")
         meta = {"name": folder.resolve().name,
                 "vocab_size": 50_257, "eot_token": 50_256, "tokenizer": "gpt2"}
         for split, part in tokens.items():
@@ -537,7 +538,7 @@ def open_corpus(name) -> Corpus:
         require(len(part) == expected, f"{folder / split}.bin has {len(part)} tokens of "
                 f"{kind.itemsize} bytes, meta.json says {expected}; prepare the corpus again")
         corpus.known(part[:100_000])
-    if not described.exists():
+    if not about.exists():
         say_once(f"{folder} has no meta.json: its tokens are taken for GPT-2's")
     return corpus
 
@@ -732,7 +733,8 @@ def on_cpu(tree):
 def start_table(path: Path, columns: str, step: int) -> None:
     """Begin a CSV, or cut it back to the step from which a run goes on."""
     whole = path.read_text().split("\n")[1:-1] if path.exists() else []
-    kept = [line for line in whole if int(line.split(",")[0]) <= step]
+    rows = [line for line in whole if line.count(",") == columns.count(",")]
+    kept = [line for line in rows if int(line.split(",")[0]) <= step]
     with lawa_core.replacing(path) as part:
         part.write_text("\n".join([columns, *kept, ""]))
 
@@ -781,11 +783,16 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
     for split, tokens in needed.items():
         require(len(tokens) > config.block_size, f"{corpus.name} has {len(tokens)} {split} tokens; "
                 f"expected more than one block of {config.block_size}")
-    lawa_core.positive(threads=threads, eval_interval=eval_interval or None)
+    lawa_core.positive(threads=threads)
+    require(eval_interval >= 0, f"eval_interval must be at least 0, got {eval_interval}")
+    require(state_seconds >= 0, f"state_seconds must be at least 0, got {state_seconds}")
     spaced = " " in torch.__file__  # torch.compile calls the compiler without quoting its folder
     require(not (compile and spaced), "torch.compile fails where torch's folder has a space in its "
             f"name: {torch.__file__}; leave --compile out")
     compile = device.type == "cuda" and not spaced if compile is None else compile
+    if summary.exists():
+        claim(folder, config, corpus)  # refuses a folder that holds another run
+        return folder
     net = GPT(gpt_config(config.preset, corpus.vocab_size), config.seed)
     if config.init_from:
         with lawa_core.explained(f"{config.init_from}: expected a {config.preset}; choose another"):
@@ -803,7 +810,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                     take_over(Path(resume_from), folder, config)
         if world > 1:
             torch.distributed.barrier()  # only now may the others look into the folder
-        if summary.exists():
+        if summary.exists():  # by now, if another process was at work on it
             return folder
 
         # set-up: the network, its optimizer and averages; or as an interrupted run had them
@@ -841,12 +848,13 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                     "optimizer": optimizer.state_dict(), "averages": kept}
 
         pool = stack.enter_context(ThreadPoolExecutor(1))  # files are written behind the training
-        writing = pool.submit(bool)  # nothing yet
+        writing = None
 
         def write(states: dict) -> None:
             """Write {path: state} as it is now; one copy in memory at a time."""
             nonlocal writing
-            writing.result()  # an error of the writing before is raised here
+            if writing:
+                writing.result()  # an error of the writing before is raised here
             copies = on_cpu(states)
             writing = pool.submit(lambda: [lawa_core.save(*item) for item in copies.items()])
 
@@ -931,7 +939,8 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
 
         # the end, or a signal
         network = None  # freed after the group of ranks, it would wait for ever
-        writing.result()
+        if writing:
+            writing.result()
         if done < config.max_iters:
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(143)
         seconds = max(time.monotonic() - begun, 1e-9)
@@ -1085,7 +1094,7 @@ def evaluate_trajectory(run, schemes, at=None, n_blocks: int = BLOCKS, device: s
                 trajectory, swept, steps, on_disk=on_disk, allow=allow):
             begin(step, label, state)
             del state  # before the next one is made
-            if label == "run":
+            if label == next(iter(swept)):
                 for own, text in kept.items():
                     path = Path(averages or run) / scheme_dir(text) / checkpoint_name(step)
                     begin(step, own, dict(lawa_core.open_checkpoint(path)))
@@ -1240,7 +1249,9 @@ def main(argv=None) -> int:
         if args.pop("command") == "train":
             config = take_config(args)
             args["state_at"] = [int(step) for step in args["state_at"].split(",") if step]
-            print(train(config, **args, bar=True))
+            with contextlib.redirect_stdout(sys.stderr):  # progress; the folder can be piped
+                folder = train(config, **args, bar=True)
+            print(folder)
         else:
             args["scheme"] = args["scheme"] and lawa_core.parse_scheme(args["scheme"])
             print(sample(**args))

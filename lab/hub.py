@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,24 +63,28 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
     repo, _, text = repo.partition("@")
     folder = Path(folder or Path.home() / ".cache" / "lawa" / repo.replace("/", "--")).absolute()
     listings = _read_listings(folder / "listings.json")
-    before = dict(listings)
+    before, offline = dict(listings), None
     try:
         with _one_line(repo):
             from huggingface_hub import HfApi
 
             api = HfApi(endpoint=endpoint, token=token)
             refs = api.list_repo_refs(repo).branches
-            listings["branches"] = {ref.name: ref.target_commit for ref in refs}
-    except JobFailed:  # what is on disk can be read without the Hub
-        if "branches" not in listings:
+            listings[repo] = {ref.name: ref.target_commit for ref in refs}
+    except JobFailed as error:  # what is on disk can be read without the Hub
+        if repo not in listings or not re.search("cannot be reached|OFFLINE", str(error)):
             raise
-    branches = listings["branches"]
+        offline = error
+        print(f"{error}; going by its branches as last seen", file=sys.stderr)
+    branches = listings[repo]
     known = _steps_of(repo, branches, names)
     commits = {step: branches[name] for step, name in known.items()}
     if text:
         steps = span(text)
     steps = sorted(commits if steps is None else set(steps))
     missing = [f"step{step}" for step in steps if step not in commits]
+    if missing and offline:
+        raise offline
     if missing or not steps:
         raise LawaError(f"{repo} has no revision {some(missing) or 'that names a step'}; "
                         f"there are {some(sorted(commits)) or 'none'}")
@@ -95,9 +100,9 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
 
     with ThreadPoolExecutor(8) as pool:
         files = dict(zip(steps, pool.map(list_files, steps), strict=True))
-    if listings != before:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lawa_core.replacing(folder / "listings.json") as part:
+    if listings != before:  # a folder that is shared may be read-only
+        with (contextlib.suppress(JobFailed),
+              lawa_core.replacing(folder / "listings.json") as part):
             part.write_text(json.dumps(listings))
     twins = _twins(files)
     if twins and "duplicates" not in allow:
@@ -112,9 +117,9 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
 
 
 def _read_listings(path: Path) -> dict[str, dict]:
-    """{"branches": {branch: commit}, commit: {file name: record}} as kept before, of which those of
+    """{repository: {branch: commit}, commit: {file name: record}} as kept before, of which those of
     a commit do not change; nothing where that is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(path.read_text()))
     return {}
 
@@ -285,10 +290,9 @@ class HubTrajectory(Trajectory):
         """The folder of the newest step's config and tokenizer, which are fetched."""
         step = self.steps[-1]
         commit, _ = self.revisions[step]
-        target = self.folder / "model"
-        with contextlib.suppress(OSError):
-            if (target / ".commit").read_text() == commit:
-                return target
+        target = self.folder / f"model-{commit[:12]}"
+        if (target / ".whole").exists():
+            return target
         with _one_line(f"{self.name} step{step}"):
             for file in self.api.list_repo_tree(self.name, revision=commit):
                 if any(fnmatch.fnmatch(file.path, pattern) for pattern in lawa_core.COPIED):
@@ -296,7 +300,7 @@ class HubTrajectory(Trajectory):
                                              local_dir=target,
                                              tqdm_class=lawa_core.progress)
         target.mkdir(exist_ok=True)
-        (target / ".commit").write_text(commit)
+        (target / ".whole").touch()
         return target
 
     def to_fetch(self, steps) -> int:

@@ -1016,3 +1016,18 @@ def test_the_files_by_hand_are_the_real_format(tmp_path):
     got, metadata = ref.read_safetensors(tmp_path / "b.safetensors")
     assert ref.state_bits(got) == ref.state_bits(state)
     assert metadata == {"by": "the library"}
+
+
+def test_a_validation_with_other_blocks_is_refused(tmp_path):
+    counts = iter([3, 3, 1])
+    with pytest.raises(LawaError, match=r"gave 1 losses for lawa.* and 3 for the run"):
+        lawa_core.search(drift(tmp_path), lambda state: [1.0] * next(counts))
+
+
+def test_a_path_given_twice_is_refused(tmp_path):
+    run = ref.write_run(tmp_path / "run", TENS)
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    outputs = {str(a): (swa(), 30), b: (swa(), 50), a: (swa(), 40)}
+    with pytest.raises(LawaError, match=r"a\.safetensors is given twice"):
+        average_files(run, outputs)
+    assert not a.exists() and not b.exists()

@@ -634,6 +634,21 @@ def test_evaluation_does_not_change_training(config, run, tmp_path):
         )
 
 
+def test_a_finished_run_needs_no_network(config, run, monkeypatch):
+    monkeypatch.delattr(model, "GPT")
+    assert train(config, run) == run
+    with pytest.raises(LawaError, match="holds a run of another configuration"):
+        train(changed(config, seed=config.seed + 1), run)
+
+
+def test_lines_that_are_no_rows_are_dropped_from_a_table(tmp_path):
+    """A crash of the machine may leave blank lines and zeros behind the last row."""
+    table = tmp_path / "val.csv"
+    table.write_text("step,loss\n1,5.0\n2,4.0\n3,3.0\n\n\0\0\n\0\0,4")
+    model.start_table(table, "step,loss", 2)
+    assert table.read_text() == "step,loss\n1,5.0\n2,4.0\n"
+
+
 BESIDE = {
     "checkpoints": ({"ckpt_interval": 3}, {}),
     "averages": ({"averages": "ema(0.5)"}, {}),

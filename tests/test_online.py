@@ -501,6 +501,25 @@ def test_state_of_another_kind_or_model_is_refused():
                     pass
 
 
+@pytest.mark.parametrize("other", [0.99, (0.99, 0.5)])
+def test_state_of_another_beta_is_refused_before_training_goes_on(other):
+    net = Net()
+    begun = EMA(net, (0.9, 0.5))
+    follow(begun, net, 4)
+    with pytest.raises(LawaError, match=r"betas .*0\.99.*, got .*0\.9"):
+        EMA(net, other).load_state_dict(begun.state_dict())
+
+
+def test_a_beta_that_is_new_begins_with_the_next_update():
+    net = Net()
+    begun = EMA(net, 0.9)
+    follow(begun, net, 4)
+    more = EMA(net, (0.9, 0.5))
+    more.load_state_dict(begun.state_dict())
+    more.update(100)
+    assert torch.equal(more.average(0.5)["wte.weight"], net.state_dict()["wte.weight"])
+
+
 # ------------------------------------------------------------------ wrapped models
 
 

@@ -203,6 +203,30 @@ def test_a_key_is_a_path(pattern, command, tmp_path):
 
 
 @LAYOUTS
+def test_a_key_may_have_dots(pattern, command, tmp_path):
+    put_run(tmp_path / "run", lambda s: {"model.ema": S(s), "model.raw": drawn(s)}, pattern)
+    got = command.mean(tmp_path / "run", "--key", "model.raw")
+    assert_mean(got, [drawn(s) for s in STEPS])
+
+
+def test_names_twice_among_settings_are_no_names_of_weights(command, tmp_path):
+    settings = {"a.b": 1, "a": {"b": 2}, 0: 1, "0": 2}
+    put_run(tmp_path / "run", lambda s: {"state_dict": drawn(s), "hyper_parameters": settings})
+    assert_mean(command.mean(tmp_path / "run"), [drawn(s) for s in STEPS])
+    twice = {"model": {0: torch.ones(2), "0": torch.zeros(2)}}
+    put(tmp_path / "other" / "ckpt_1.pt", twice)
+    assert "more than once" in command.no_mean(tmp_path / "other" / "ckpt_1.pt")
+
+
+def test_one_folder_under_two_names_is_one_checkpoint(command, tmp_path):
+    paths = put_run(tmp_path / "run", drawn, "step_{}/x.pt")
+    (tmp_path / "run" / "step-200").symlink_to("step_200")
+    assert_mean(command.mean(tmp_path / "run"), [drawn(s) for s in STEPS])
+    twice = [*(path.parent for path in paths), paths[1]]
+    assert_mean(command.mean(*twice), [drawn(s) for s in STEPS])
+
+
+@LAYOUTS
 def test_what_is_left_out_is_named(pattern, command, tmp_path):
     paths = put_run(tmp_path / "run", lambda s: {"model": drawn(s), "shadow": S(s)}, pattern)
     assert any("shadow" in text for text in open_checkpoint(paths[0]).left_out)
@@ -359,6 +383,20 @@ def test_an_index_without_its_shards_is_passed_over(command, tmp_path):
         (folder / "model-00001-of-00001.safetensors").unlink()
         put(folder / "pytorch_model.bin", drawn(step))
     assert_mean(command.mean(tmp_path / "run"), [drawn(s) for s in STEPS])
+
+
+def test_of_a_tensor_in_two_shards_the_index_says_which(command, tmp_path):
+    folder = tmp_path / "checkpoint-100"
+    for i in (1, 2):
+        put(folder / f"model-0000{i}-of-00002.safetensors", S(i) | {f"own{i}": torch.ones(2) * i})
+    for i in (1, 2):
+        places = {"own1": 1, "own2": 2, "w": i}
+        where = {name: f"model-0000{j}-of-00002.safetensors" for name, j in places.items()}
+        put(folder / "model.safetensors.index.json", {"weight_map": where})
+        found = open_checkpoint(folder)
+        assert torch.equal(found["w"], S(i)["w"]) and set(found) == set(places)
+    put(folder / "model.safetensors.index.json", {"weight_map": where | {"lost": where["w"]}})
+    assert "lost is not where it says" in command.no_mean(folder)
 
 
 def test_an_index_without_its_shards_and_no_other_file_is_an_error(command, tmp_path):

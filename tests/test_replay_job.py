@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save as packed
 from toy_task import WORDS
 
 import lab.report
+import lawa_core
 import model
 from lab import replay
 from lab.hf import save_hf
@@ -1140,3 +1141,32 @@ def test_a_finished_replay_is_drawn_without_the_hub(world, hub, tmp_path):
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
     with pytest.raises(LawaError, match="the Hub cannot be reached"):
         fresh(world, nowhere, tmp_path, points=(20, 40, 60), k=2).run()
+    # another section of the run, and then the first one again
+    fresh(world, hub, tmp_path, points=(60, 80), k=2).run()
+    again = fresh(world, nowhere, tmp_path, points=(20, 40), k=2).run()
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+
+
+def test_what_is_kept_of_one_model_is_not_taken_for_another(world, hub, tmp_path):
+    """Nor is an answer of the Hub's, such as that there is no such model, passed over."""
+    fresh(world, hub, tmp_path, points=(20,), k=2).run()
+    for url, says in ((hub.url, "no such model"), ("http://127.0.0.1:9", "cannot be reached")):
+        where = SimpleNamespace(url=url)
+        with pytest.raises(LawaError, match=says):
+            fresh(world, where, tmp_path, "nano/typo", points=(20,), k=2).run()
+
+
+def test_a_folder_of_revisions_may_be_read_only(world, hub, tmp_path, monkeypatch):
+    done = fresh(world, hub, tmp_path, points=(20,), k=2)
+    rows = done.run()
+    (tmp_path / "hub" / "listings.json").unlink()
+
+    def refused(path):
+        if Path(path).name == "listings.json":
+            raise lawa_core.JobFailed("cannot write: Read-only file system")
+        return replacing(path)
+
+    replacing = lawa_core.replacing
+    monkeypatch.setattr(lawa_core, "replacing", refused)
+    again = fresh(world, hub, tmp_path, points=(20,), k=2).run()
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]

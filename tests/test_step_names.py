@@ -53,6 +53,16 @@ NAMES = [
     ("mp_rank_00_model_states.pt", None),
     ("pythia-1.4b/step3000", 3000),
     ("pythia-160m-seed3/step143000", 143000),
+    # a word glued to what follows it
+    ("step_100000acc0.95.pt", 100000),
+    ("epoch_100acc0.85.pt", 100),
+    ("ckpt_500acc93.1.pt", 500),
+    ("step_000500acc_93.pt", 500),
+    ("step500rank0.pt", 500),
+    ("step_500v2.pt", 500),
+    ("epoch3fp16.pt", 3),
+    ("500_steps_2B_tokens.pt", 500),
+    ("checkpoint-500.00001-of-00003.safetensors", 500),
     # Megatron, Composer
     ("iter_0000500", 500),
     ("iter_0000500/mp_rank_00/model_optim_rng.pt", 500),

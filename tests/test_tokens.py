@@ -292,3 +292,13 @@ def test_weights_that_fit_are_started_from(tmp_path):
     fields = {"max_iters": 1, "warmup_iters": 0, "ckpt_interval": 1, "init_from": str(start)}
     run = train(Config(preset="pico", corpus=str(folder), **fields), tmp_path / "run")
     assert (run / "ckpt_1.safetensors").exists()
+
+
+def test_a_text_that_begins_with_padding_has_no_header(tmp_path):
+    of_bytes(tmp_path)
+    ids = [7, 0, 9, 0, *[0] * 600, *range(200)] * 3
+    as_files(tmp_path, ids, ids)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta |= {"train_tokens": len(ids), "val_tokens": len(ids)}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert model.open_corpus(tmp_path).train.tolist() == ids

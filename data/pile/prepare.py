@@ -73,7 +73,7 @@ class JsonTokenizer:
         self.tokenizer.encode_special_tokens = True  # a literal <|endoftext|> in a text is text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.n_vocab = self.tokenizer.get_vocab_size()
+        self.n_vocab = max(self.tokenizer.get_vocab().values(), default=0) + 1  # it may have gaps
         ends = [self.tokenizer.token_to_id(end) for end in ENDS]
         found = [token for token in ends if token is not None]
         if not found:
