@@ -1,6 +1,7 @@
 """Files: formats read and written, trajectories, the checks before an average, and what is left
 behind when something fails."""
 
+import enum
 import json
 import os
 import pickle
@@ -1500,3 +1501,24 @@ def test_newest_alone_is_the_file_itself(tmp_path):
         assert ref.state_bits(
             ref.read_safetensors(tmp_path / f"run_{s}.safetensors")[0]
         ) == ref.state_bits(ref.example(s))
+
+
+@pytest.mark.parametrize("name", ["TORCH_CONTIGUOUS_FORMAT", "__class__"])
+def test_an_index_that_names_an_enum_by_getattr(name, tmp_path):
+    """As Python 3.11.0 to 3.11.3 pickle one; an attribute that is no member is refused."""
+    ref.write_distributed(tmp_path / "step7", {"w": torch.ones(3)})
+    index = pickle.loads((tmp_path / "step7" / ".metadata").read_bytes())
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value):
+            if isinstance(value, enum.Enum):
+                return getattr, (type(value), name)
+            return NotImplemented
+
+    with open(tmp_path / "step7" / ".metadata", "wb") as file:
+        Pickler(file).dump(index)
+    if name == "__class__":
+        with pytest.raises(LawaError, match="not a readable distributed checkpoint"):
+            open_checkpoint(tmp_path / "step7")
+    else:
+        assert open_checkpoint(tmp_path / "step7")["w"].tolist() == [1, 1, 1]

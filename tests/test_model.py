@@ -1122,9 +1122,9 @@ def test_two_ranks_are_one_run(config, tmp_path):
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )  # as documented
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        "attempt 1 at step 6" in done.stdout and "attempt 1 at step 5" not in done.stdout
-    )  # it went on from its last state
+    said = done.stdout + done.stderr
+    # it went on from its last state
+    assert "attempt 1 at step 6" in said and "attempt 1 at step 5" not in said
     assert_same_run(lost, two)
 
 
