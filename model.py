@@ -918,7 +918,6 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
             shown.update(len(rows))
 
             # the first rank saves the weights and their averages, then the state
-            late = at_checkpoint and time.monotonic() - state_saved >= state_seconds
             if rank == 0:
                 append(folder / "metrics.csv", rows)
                 if done in written:
@@ -931,6 +930,7 @@ def train(config: Config, out_dir=None, *, device: str = "auto", threads: int | 
                     write(states)
                 if done in state_at:
                     write({folder / f"state_{done}.pt": state()})
+                late = at_checkpoint and time.monotonic() - state_saved >= state_seconds
                 if stop or late:
                     write({resume: state()})
                     state_saved = time.monotonic()

@@ -42,6 +42,10 @@ WRONG_REVISIONS = (
 )
 
 
+class Unreachable(JobFailed):
+    """The Hub does not answer, or is not to be asked."""
+
+
 def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, allow=(),
              keep: bool = False, token=None, endpoint: str | None = None) -> HubTrajectory:
     r"""The step revisions of a model. Lists their files and compares them; fetches nothing yet.
@@ -71,8 +75,8 @@ def open_hub(repo: str, steps=None, folder=None, *, names: str | None = None, al
             api = HfApi(endpoint=endpoint, token=token)
             refs = api.list_repo_refs(repo).branches
             listings[repo] = {ref.name: ref.target_commit for ref in refs}
-    except JobFailed as error:  # what is on disk can be read without the Hub
-        if repo not in listings or not re.search("cannot be reached|OFFLINE", str(error)):
+    except Unreachable as error:  # what is on disk can be read without the Hub
+        if repo not in listings:
             raise
         offline = error
         print(f"{error}; going by its branches as last seen", file=sys.stderr)
@@ -216,7 +220,7 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client's own errors, its HTTP library's, the disk's
-        cause = error.__cause__ or error
+        kind, cause = JobFailed, error.__cause__ or error
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(error, hub.RevisionNotFoundError):
             reason = "no such revision on the Hub"
@@ -226,15 +230,15 @@ def _one_line(what: str) -> Iterator[None]:
             reason = ("no such model, or it needs a token: check the name, "
                       "`hf auth login` or set HF_TOKEN")
         elif isinstance(error, hub.OfflineModeIsEnabled):
-            reason = "HF_HUB_OFFLINE is set; unset it and start again"
+            kind, reason = Unreachable, "HF_HUB_OFFLINE is set; unset it and start again"
         elif getattr(error, "errno", None) == errno.ENOSPC:
             reason = "the disk is full; free some, or choose another folder"
         elif "Consistency check" in str(error):
             reason = "the download was cut short"
         else:
             first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            reason = f"the Hub cannot be reached ({status or first})"
-        raise JobFailed(f"{what}: {reason}; what is fetched is kept, run again to go on") from None
+            kind, reason = Unreachable, f"the Hub cannot be reached ({status or first})"
+        raise kind(f"{what}: {reason}; what is fetched is kept, run again to go on") from None
 
 
 class HubTrajectory(Trajectory):
